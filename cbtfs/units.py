@@ -1,0 +1,74 @@
+"""Sizes, rates and durations: the numbers of cbtfs and how people write them.
+
+Every quantity in this package is in bytes or in seconds; a name carries a suffix (``_ns``,
+``_blocks``) only where it is something else. Sizes are binary: ``1K`` is 1024 bytes.
+"""
+
+import re
+
+from . import errors
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+TiB = 1 << 40
+
+CBT_BLOCK = 64 * KiB
+"""Granularity of changed block tracking: one bit of a bitmap (blktap, include/cbt-util.h)."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_FACTOR = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``text`` (``4096``, ``64K``, ``1.5G``, ``2TiB``) means.
+
+    Raises:
+        UsageError: ``text`` is not a size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise errors.UsageError(f"{text!r} is not a size; write for example 512M or 2G")
+    return int(float(match[1]) * _FACTOR[match[2].upper()])
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds that ``text`` (``90s``, ``10m``, ``2h``, ``7d``, ``5ms``) means.
+
+    Raises:
+        UsageError: ``text`` is not a duration.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise errors.UsageError(f"{text!r} is not a duration; write for example 90s, 10m or 7d")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def format_size(size: float) -> str:
+    """Return ``size`` in bytes for people: ``0 B``, ``64 KiB``, ``1.2 GiB``."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    digits = 0 if unit == "B" or value >= 100 or value == int(value) else 1
+    return f"{value:.{digits}f} {unit}"
+
+
+def format_rate(rate: float) -> str:
+    """Return ``rate`` in bytes per second for people: ``210 MiB/s``."""
+    return f"{format_size(rate)}/s"
+
+
+def format_duration(seconds: float) -> str:
+    """Return ``seconds`` for people: ``0.4 s``, ``14 s``, ``2 m 05 s``, ``3 h 12 m``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
