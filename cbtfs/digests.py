@@ -1,0 +1,72 @@
+"""Digests: 16 bytes of BLAKE3 for every 64 KiB block of an image, in an array of their own.
+
+::
+
+    image     |  block 0  |  block 1  |  block 2 |          the last block may be shorter
+    array     | d0        | 00…00     | d2       |          16 bytes each; zero for a block of zeros
+
+The array of a disk is a file beside its image (``xvda.b3``): ``b3sum --length 16`` of a block gives
+its entry, ``b3sum`` of the whole array the digest root that ``point.json`` records.
+"""
+
+from collections.abc import Iterator
+
+import blake3
+
+from . import units
+
+BLOCK = units.CBT_BLOCK
+LENGTH = 16
+"""Bytes a digest: 128 bits, enough against accident and against anyone without 2^64 tries."""
+
+ZERO = bytes(LENGTH)
+
+_ZERO_BLOCK = bytes(BLOCK)
+_PROBE = 64
+_ZERO_PROBE = bytes(_PROBE)
+
+
+def array_length(size: int) -> int:
+    """Return the bytes of the digest array of an image of ``size`` bytes."""
+    return -(-size // BLOCK) * LENGTH
+
+
+def is_zero(block: memoryview) -> bool:
+    """Tell whether ``block``, at most one block long, holds zeros only.
+
+    A memoryview compares item by item (1.05 GB/s measured), a copy of it as one memcmp (6.7 GB/s);
+    nearly all other blocks are settled by their first bytes.
+    """
+    length = len(block)
+    if block[:_PROBE].tobytes() != _ZERO_PROBE[:length]:
+        return False
+    return block.tobytes() == (_ZERO_BLOCK if length == BLOCK else _ZERO_BLOCK[:length])
+
+
+def of_block(block: memoryview) -> bytes:
+    """Return the digest of one block; the global interpreter lock is free meanwhile."""
+    return ZERO if is_zero(block) else blake3.blake3(block).digest(length=LENGTH)
+
+
+def of_blocks(data: memoryview) -> bytes:
+    """Return the digests of consecutive blocks, the last of which may be shorter."""
+    return b"".join([of_block(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)])
+
+
+def runs(found: bytes, *, length: int) -> Iterator[tuple[bool, int, int]]:
+    """Yield ``(is_zero, start, stop)``, in bytes, for the runs of blocks behind digests ``found``.
+
+    Args:
+        found: digests as ``of_blocks`` returns them.
+        length: of the data they were made from.
+    """
+    start = 0
+    previous = found[:LENGTH] == ZERO
+    for index in range(1, len(found) // LENGTH):
+        at = index * LENGTH
+        zero = found[at : at + LENGTH] == ZERO
+        if zero != previous:
+            yield previous, start, index * BLOCK
+            start, previous = index * BLOCK, zero
+    if start < length:
+        yield previous, start, length
