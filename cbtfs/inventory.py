@@ -1,0 +1,622 @@
+"""Inventory: hosts, SRs, VMs, VDIs of a pool as frozen records, parsed once at the door.
+
+xapi answers with maps of strings; ``parse`` turns the JSON of ten classes into the records below
+and nothing of the maps travels further in. The pool's word is hostile input:
+
+1. A reference may dangle: look it up with ``.get`` and expect None.
+2. ``snapshot_of`` proves nothing, not even that the VDI is a snapshot: ask ``is_a_snapshot``
+   (VM.revert re-points it; Xen Orchestra met live VDIs that had it).
+3. Names hold anything but lone surrogates, which become ``_``. Uuids and device names are safe as
+   file names, because a record with another uuid is left out and told in ``Inventory.problems``.
+4. A null reference is "", an unset time is ``EPOCH``, a negative size is 0.
+
+Sizes are in bytes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from . import errors, records
+
+CLASSES = ("pool", "host", "SR", "PBD", "SM", "VM", "VBD", "VDI", "network", "PIF")
+"""The classes whose records ``parse`` needs."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+"""``snapshot_time`` of what is no snapshot."""
+
+TAG_OWNER = "cbtfs:owner"
+"""Key in ``other_config`` of whatever cbtfs made in the pool; see ``Owned``."""
+
+READABLE_TYPES = frozenset({"user", "system"})
+"""VDI types that have contents for a user; ``cbt_metadata``, ``suspend``, … have none."""
+
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_DEVICE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
+
+
+# ── Records ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A server of the pool; ``address`` is where its management interface answers."""
+
+    ref: str
+    uuid: str
+    name: str = ""
+    address: str = ""
+    hostname: str = ""
+    enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SR:
+    """A storage repository; ``host_refs`` are the hosts that have it attached now."""
+
+    ref: str
+    uuid: str
+    name: str = ""
+    type: str = ""
+    shared: bool = False
+    content_type: str = ""
+    allowed_operations: frozenset[str] = frozenset()
+    physical_size: int = 0
+    physical_utilisation: int = 0
+    host_refs: tuple[str, ...] = ()
+    cbt_capable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VBD:
+    """A VDI's place in a VM; ``device`` is safe as a file name, but not always unique in a VM."""
+
+    ref: str
+    uuid: str = ""
+    vm_ref: str = ""
+    vdi_ref: str = ""
+    device: str = ""
+    userdevice: str = ""
+    type: str = "Disk"
+    mode: str = "RW"
+    currently_attached: bool = False
+    empty: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VM:
+    """A virtual machine, or a template, a snapshot, a control domain."""
+
+    ref: str
+    uuid: str
+    name: str = ""
+    power_state: str = "Halted"
+    is_a_template: bool = False
+    is_a_snapshot: bool = False
+    is_control_domain: bool = False
+    snapshot_of: str = ""
+    snapshot_time: datetime = EPOCH
+    vbd_refs: tuple[str, ...] = ()
+    tags: frozenset[str] = frozenset()
+    other_config: Mapping[str, str] = field(default_factory=dict[str, str])
+    resident_on: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VDI:
+    """A virtual disk: ``size`` is what its guest sees, ``used`` what it takes in its SR."""
+
+    ref: str
+    uuid: str
+    name: str = ""
+    description: str = ""
+    sr_ref: str = ""
+    size: int = 0
+    used: int = 0
+    type: str = "user"
+    managed: bool = True
+    missing: bool = False
+    is_a_snapshot: bool = False
+    snapshot_of: str = ""
+    snapshot_time: datetime = EPOCH
+    cbt_enabled: bool = False
+    read_only: bool = False
+    sharable: bool = False
+    on_boot: str = "persist"
+    vbd_refs: tuple[str, ...] = ()
+    other_config: Mapping[str, str] = field(default_factory=dict[str, str])
+    tags: frozenset[str] = frozenset()
+    allowed_operations: frozenset[str] = frozenset()
+    is_tools_iso: bool = False
+    location: str = ""
+    sm_config: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether it has contents that can be read: managed, present, of a type with data."""
+        return self.managed and not self.missing and self.type in READABLE_TYPES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A network; ``purpose`` holds ``nbd`` or ``insecure_nbd`` where NBD is served."""
+
+    ref: str
+    name: str = ""
+    purpose: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PIF:
+    """A host's interface on a network."""
+
+    ref: str
+    network_ref: str = ""
+    host_ref: str = ""
+    ip: str = ""
+    currently_attached: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """The pool itself; ``restrictions`` are its licence's, such as ``restrict_cbt``."""
+
+    uuid: str
+    name: str = ""
+    master_ref: str = ""
+    restrictions: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk of a VM; ``device`` is unique in the VM and safe as a file name."""
+
+    device: str
+    vbd: VBD
+    vdi: VDI
+
+
+# ── The inventory ────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """All that cbtfs knows of a pool at one moment; the mappings go from reference to record.
+
+    ``problems`` has a sentence for every record that had to be left out.
+    """
+
+    pool: Pool
+    hosts: Mapping[str, Host] = field(default_factory=dict[str, Host])
+    srs: Mapping[str, SR] = field(default_factory=dict[str, SR])
+    vms: Mapping[str, VM] = field(default_factory=dict[str, VM])
+    vbds: Mapping[str, VBD] = field(default_factory=dict[str, VBD])
+    vdis: Mapping[str, VDI] = field(default_factory=dict[str, VDI])
+    networks: Mapping[str, Network] = field(default_factory=dict[str, Network])
+    pifs: Mapping[str, PIF] = field(default_factory=dict[str, PIF])
+    problems: tuple[str, ...] = ()
+
+    def live_vms(self) -> list[VM]:
+        """Return the VMs that are no template, snapshot or control domain, by name and uuid."""
+        found = (
+            vm
+            for vm in self.vms.values()
+            if not (vm.is_a_template or vm.is_a_snapshot or vm.is_control_domain)
+        )
+        return sorted(found, key=lambda vm: (vm.name, vm.uuid))
+
+    def disks_of(self, vm: VM) -> list[Disk]:
+        """Return the disks of ``vm`` by device: no CDs, no empty drives, only managed VDIs.
+
+        Should two have one device name, both get ``~`` and 8 hex digits of their VDI's uuid.
+        """
+        pairs: list[tuple[VBD, VDI]] = []
+        for ref in vm.vbd_refs:
+            vbd = self.vbds.get(ref)
+            vdi = self.vdis.get(vbd.vdi_ref) if vbd else None
+            if vbd and vdi and vbd.type == "Disk" and not vbd.empty and vdi.managed:
+                pairs.append((vbd, vdi))
+        devices = [vbd.device for vbd, _ in pairs]
+        disks = {
+            device: Disk(device, vbd, vdi)
+            for vbd, vdi in pairs
+            for device in [
+                vbd.device
+                if devices.count(vbd.device) == 1
+                else f"{vbd.device}~{vdi.uuid.replace('-', '')[:8]}"
+            ]
+        }
+        return sorted(disks.values(), key=lambda disk: (len(disk.device), disk.device))
+
+    def snapshots_of(self, vdi: VDI) -> list[VDI]:
+        """Return the snapshots of ``vdi``, oldest first, those without data among them."""
+        return list(self._vdi_snapshots.get(vdi.ref, ()))
+
+    def vm_snapshots_of(self, vm: VM) -> list[VM]:
+        """Return the snapshots of ``vm``, oldest first."""
+        return list(self._vm_snapshots.get(vm.ref, ()))
+
+    def live_disks(self) -> list[VDI]:
+        """Return the managed user and system VDIs that are no snapshots, by name and uuid."""
+        found = (
+            vdi
+            for vdi in self.vdis.values()
+            if vdi.managed and not vdi.is_a_snapshot and vdi.type in READABLE_TYPES
+        )
+        return sorted(found, key=lambda vdi: (vdi.name, vdi.uuid))
+
+    def detached_disks(self) -> list[VDI]:
+        """Return the live disks that no VM or template has as a disk; images for CDs don't count.
+
+        A VBD of a control domain does not attach a disk: it is somebody reading it.
+        """
+        held = {
+            vbd.vdi_ref
+            for vm in self.vms.values()
+            if not (vm.is_a_snapshot or vm.is_control_domain)
+            for vbd in map(self.vbds.get, vm.vbd_refs)
+            if vbd is not None and vbd.type == "Disk"
+        }
+        return [v for v in self.live_disks() if v.ref not in held and not self.is_cd_image(v)]
+
+    def is_cd_image(self, vdi: VDI) -> bool:
+        """Tell whether ``vdi`` is an image for CD drives."""
+        sr = self.srs.get(vdi.sr_ref)
+        return vdi.is_tools_iso or (sr is not None and sr.content_type == "iso")
+
+    @property
+    def nbd_purpose(self) -> str:
+        """``nbd`` if some network serves NBD over TLS, else ``insecure_nbd`` if one does, or ""."""
+        purposes = {purpose for network in self.networks.values() for purpose in network.purpose}
+        return next((p for p in ("nbd", "insecure_nbd") if p in purposes), "")
+
+    def vdi_by_uuid(self, uuid: str) -> VDI:
+        """Return the VDI with this uuid.
+
+        Raises:
+            NotFound: the pool has none.
+        """
+        vdi = self._vdis_by_uuid.get(uuid.lower())
+        if vdi is None:
+            raise errors.NotFound(f"pool {self.pool.name!r} has no VDI with the uuid {uuid!r}")
+        return vdi
+
+    def find_vm(self, name_or_uuid: str) -> VM:
+        """Return the live VM with this uuid, or with this name if only one has it.
+
+        Raises:
+            NotFound: there is none.
+            UsageError: the name is not unique; the text lists the uuids.
+        """
+        live = self.live_vms()
+        found = [vm for vm in live if vm.uuid == name_or_uuid.lower()]
+        found = found or [vm for vm in live if vm.name == name_or_uuid]
+        if not found:
+            raise errors.NotFound(f"pool {self.pool.name!r} has no VM called {name_or_uuid!r}")
+        if len(found) > 1:
+            uuids = ", ".join(vm.uuid for vm in found)
+            raise errors.UsageError(
+                f"{len(found)} VMs are called {name_or_uuid!r}; use a uuid: {uuids}"
+            )
+        return found[0]
+
+    @cached_property
+    def _vdis_by_uuid(self) -> dict[str, VDI]:
+        return {vdi.uuid: vdi for vdi in self.vdis.values()}
+
+    @cached_property
+    def _vdi_snapshots(self) -> dict[str, list[VDI]]:
+        return _by_origin(self.vdis.values())
+
+    @cached_property
+    def _vm_snapshots(self) -> dict[str, list[VM]]:
+        return _by_origin(self.vms.values())
+
+
+class _Snapshot(Protocol):
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def is_a_snapshot(self) -> bool: ...
+    @property
+    def snapshot_of(self) -> str: ...
+    @property
+    def snapshot_time(self) -> datetime: ...
+
+
+_S = TypeVar("_S", bound=_Snapshot)
+
+
+def _by_origin(records: Iterable[_S]) -> dict[str, list[_S]]:
+    """Return the snapshots among ``records`` by what they were taken of, oldest first."""
+    found: dict[str, list[_S]] = {}
+    for record in sorted(records, key=lambda r: (r.snapshot_time, r.uuid)):
+        if record.is_a_snapshot and record.snapshot_of:
+            found.setdefault(record.snapshot_of, []).append(record)
+    return found
+
+
+# ── Parsing ──────────────────────────────────────────────────────────────────────────────────
+
+
+def parse(tables: Mapping[str, bytes]) -> Inventory:
+    """Return the inventory that ``tables`` describe.
+
+    Args:
+        tables: for each of ``CLASSES`` the JSON of its map from reference to record.
+
+    Raises:
+        PoolError: a class is missing or its JSON has another shape; the text names the class.
+    """
+    problems: list[str] = []
+    hosts = _decode(tables, "host", dict[str, records.HostRecord], problems)
+    srs = _decode(tables, "SR", dict[str, records.SRRecord], problems)
+    vms = _decode(tables, "VM", dict[str, records.VMRecord], problems)
+    vdis = _decode(tables, "VDI", dict[str, records.VDIRecord], problems)
+    networks = _decode(tables, "network", dict[str, records.NetworkRecord])
+    pifs = _decode(tables, "PIF", dict[str, records.PIFRecord])
+    attached = _attached_hosts(_decode(tables, "PBD", dict[str, records.PBDRecord]), hosts)
+    tracking = _tracking_types(_decode(tables, "SM", dict[str, records.SMRecord]))
+    return Inventory(
+        pool=_pool(_decode(tables, "pool", dict[str, records.PoolRecord])),
+        hosts={ref: _host(ref, raw) for ref, raw in hosts.items()},
+        srs={ref: _sr(ref, raw, attached, tracking) for ref, raw in srs.items()},
+        vms={ref: _vm(ref, raw) for ref, raw in vms.items()},
+        vbds={
+            r: _vbd(r, raw)
+            for r, raw in _decode(tables, "VBD", dict[str, records.VBDRecord]).items()
+        },
+        vdis={ref: _vdi(ref, raw) for ref, raw in vdis.items()},
+        networks={
+            ref: Network(ref=ref, name=raw.name_label, purpose=raw.purpose)
+            for ref, raw in networks.items()
+        },
+        pifs={ref: _pif(ref, raw) for ref, raw in pifs.items()},
+        problems=tuple(problems),
+    )
+
+
+_R = TypeVar("_R", bound=records.Record)
+
+
+def _decode(
+    tables: Mapping[str, bytes],
+    name: str,
+    shape: type[dict[str, _R]],
+    problems: list[str] | None = None,
+) -> dict[str, _R]:
+    """Return a class's records; with ``problems`` given, only those with a good uuid of their own.
+
+    Uuids become names of files and directories, so one that is none, or a second of its kind, must
+    not come in.
+    """
+    if name not in tables:
+        raise errors.PoolError(f"the pool sent no {name} records")
+    table = records.decode(tables[name], shape, name=name)
+    if problems is None:
+        return table
+    seen: set[str] = set()
+    good: dict[str, _R] = {}
+    for ref, raw in table.items():
+        uuid = raw.uuid.lower()
+        if uuid in seen or not _UUID.fullmatch(uuid):
+            what = "the uuid of another" if uuid in seen else f"no uuid but {raw.uuid[:40]!r}"
+            problems.append(f"left out a {name} that has {what}: {raw.name_label[:40]!r}")
+            continue
+        seen.add(uuid)
+        good[ref] = raw
+    return good
+
+
+def _attached_hosts(
+    pbds: Mapping[str, records.PBDRecord], hosts: Mapping[str, records.HostRecord]
+) -> dict[str, tuple[str, ...]]:
+    found: dict[str, set[str]] = {}
+    for pbd in pbds.values():
+        if pbd.currently_attached and pbd.host in hosts:
+            found.setdefault(pbd.SR, set()).add(pbd.host)
+    return {ref: tuple(sorted(refs)) for ref, refs in found.items()}
+
+
+def _tracking_types(drivers: Mapping[str, records.SMRecord]) -> frozenset[str]:
+    """Return the SR types whose driver tracks changed blocks.
+
+    An SR's ``allowed_operations`` would say it too, but is empty while another operation runs.
+    """
+    return frozenset(sm.type for sm in drivers.values() if "VDI_CONFIG_CBT" in sm.features)
+
+
+def _pool(table: Mapping[str, records.PoolRecord]) -> Pool:
+    for raw in table.values():
+        return Pool(
+            uuid=raw.uuid,
+            name=raw.name_label,
+            master_ref=_ref(raw.master),
+            restrictions=raw.restrictions,
+        )
+    raise errors.PoolError("the pool sent no pool record")
+
+
+def _host(ref: str, raw: records.HostRecord) -> Host:
+    return Host(
+        ref=ref,
+        uuid=raw.uuid.lower(),
+        name=raw.name_label,
+        address=raw.address,
+        hostname=raw.hostname,
+        enabled=raw.enabled,
+    )
+
+
+def _sr(
+    ref: str,
+    raw: records.SRRecord,
+    attached: Mapping[str, tuple[str, ...]],
+    tracking: frozenset[str],
+) -> SR:
+    return SR(
+        ref=ref,
+        uuid=raw.uuid.lower(),
+        name=raw.name_label,
+        type=raw.type,
+        shared=raw.shared,
+        content_type=raw.content_type,
+        allowed_operations=raw.allowed_operations,
+        physical_size=max(0, raw.physical_size),
+        physical_utilisation=max(0, raw.physical_utilisation),
+        host_refs=attached.get(ref, ()),
+        cbt_capable=raw.type in tracking,
+    )
+
+
+def _vm(ref: str, raw: records.VMRecord) -> VM:
+    return VM(
+        ref=ref,
+        uuid=raw.uuid.lower(),
+        name=raw.name_label,
+        power_state=raw.power_state,
+        is_a_template=raw.is_a_template,
+        is_a_snapshot=raw.is_a_snapshot,
+        is_control_domain=raw.is_control_domain,
+        snapshot_of=_ref(raw.snapshot_of),
+        snapshot_time=_time(raw.snapshot_time),
+        vbd_refs=raw.VBDs,
+        tags=raw.tags,
+        other_config=raw.other_config,
+        resident_on=_ref(raw.resident_on),
+    )
+
+
+def _vbd(ref: str, raw: records.VBDRecord) -> VBD:
+    return VBD(
+        ref=ref,
+        uuid=raw.uuid.lower(),
+        vm_ref=_ref(raw.VM),
+        vdi_ref=_ref(raw.VDI),
+        device=_device(raw),
+        userdevice=raw.userdevice,
+        type=raw.type,
+        mode=raw.mode,
+        currently_attached=raw.currently_attached,
+        empty=raw.empty,
+    )
+
+
+def _vdi(ref: str, raw: records.VDIRecord) -> VDI:
+    return VDI(
+        ref=ref,
+        uuid=raw.uuid.lower(),
+        name=raw.name_label,
+        description=raw.name_description,
+        sr_ref=_ref(raw.SR),
+        size=max(0, raw.virtual_size),
+        used=max(0, raw.physical_utilisation),
+        type=raw.type,
+        managed=raw.managed,
+        missing=raw.missing,
+        is_a_snapshot=raw.is_a_snapshot,
+        snapshot_of=_ref(raw.snapshot_of),
+        snapshot_time=_time(raw.snapshot_time),
+        cbt_enabled=raw.cbt_enabled,
+        read_only=raw.read_only,
+        sharable=raw.sharable,
+        on_boot=raw.on_boot,
+        vbd_refs=raw.VBDs,
+        other_config=raw.other_config,
+        tags=raw.tags,
+        allowed_operations=raw.allowed_operations,
+        is_tools_iso=raw.is_tools_iso,
+        location=raw.location,
+        sm_config=raw.sm_config,
+    )
+
+
+def _pif(ref: str, raw: records.PIFRecord) -> PIF:
+    return PIF(
+        ref=ref,
+        network_ref=_ref(raw.network),
+        host_ref=_ref(raw.host),
+        ip=raw.IP,
+        currently_attached=raw.currently_attached,
+    )
+
+
+def _ref(ref: str) -> str:
+    return "" if ref == "OpaqueRef:NULL" else ref
+
+
+def _time(text: str) -> datetime:
+    """Return xapi's ``20261122T020000Z`` as a time; ``EPOCH`` for what is none."""
+    try:
+        when = datetime.fromisoformat(text)
+        return when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return EPOCH
+
+
+def _device(raw: records.VBDRecord) -> str:
+    """Return the disk's name in its VM: ``xvda`` for number 0, ``xvdaa`` for number 26.
+
+    xapi fills ``device`` when the disk is plugged, so that of a VM that never ran has only its
+    number.
+    """
+    if _DEVICE.fullmatch(raw.device):
+        return raw.device
+    if re.fullmatch(r"[0-9]{1,4}", raw.userdevice):
+        number, letters = int(raw.userdevice) + 1, ""
+        while number:
+            number, last = divmod(number - 1, 26)
+            letters = chr(ord("a") + last) + letters
+        return f"xvd{letters}"
+    if _DEVICE.fullmatch(raw.userdevice):
+        return raw.userdevice
+    return "disk"
+
+
+# ── Ownership ────────────────────────────────────────────────────────────────────────────────
+
+
+class Owned(msgspec.Struct, frozen=True, kw_only=True):
+    """The tag on a pool object that cbtfs made, and may therefore destroy.
+
+    xapi copies ``other_config`` to snapshots and clones, so the tag names the object it was meant
+    for: a copy of it on another object counts for nothing.
+
+    Attributes:
+        self_uuid: uuid of the tagged object.
+        role: ``base`` (kept for the next increment) or ``live`` (a mount reads from it).
+        store: uuid of the store it is the base of; "" for ``live``.
+        point: time of the restore point it belongs to.
+        host: name of the machine that made it.
+        pid: process that made it, with ``starttime`` and ``boot`` to tell it from a later one.
+        boot: that machine's boot id.
+        starttime: when the process began, in clock ticks since boot.
+    """
+
+    self_uuid: str = msgspec.field(name="self")
+    role: str
+    store: str = ""
+    point: str = ""
+    host: str = ""
+    pid: int = 0
+    boot: str = ""
+    starttime: int = 0
+
+
+def read_owner(other_config: Mapping[str, str], uuid: str) -> Owned | None:
+    """Return the ownership tag of the object with this uuid, or None if it is not ours."""
+    try:
+        owned = msgspec.json.decode(other_config.get(TAG_OWNER, ""), type=Owned)
+    except (ValueError, RecursionError):
+        return None
+    return owned if uuid and owned.self_uuid == uuid else None
+
+
+def write_owner(owned: Owned) -> str:
+    """Return the value for ``TAG_OWNER`` in the ``other_config`` of the object."""
+    return msgspec.json.encode(owned).decode()
