@@ -1,4 +1,4 @@
-"""Process: who made something – a process of one machine, told apart from later ones.
+"""Process: who made something - a process of one machine, told apart from later ones.
 
 A process number comes back after a while, and all of them after a reboot. So a process is named by
 its machine, the machine's boot, its number, and when it began; only then "is it still running?"
@@ -24,7 +24,7 @@ class Process:
         """Tell whether it certainly runs no more; False where that cannot be known from here.
 
         Of another machine nothing can be known. The same machine under another boot id is the
-        same name after a reboot – or a container, which shares the boot id but not the name.
+        same name after a reboot - or a container, which shares the boot id but not the name.
         """
         if self.host != socket.gethostname():
             return False

@@ -1,0 +1,202 @@
+"""Snapshot: the instant of a VM that a restore point will show, as long as the pool holds it.
+
+Life of a snapshot, each step tagged and repeatable::
+
+    take ──> copied ──> committed ──> retire    its disks become bases: metadata only,
+      │                                         the bases before them are destroyed
+      └───────────────> failed ─────> discard   all of it is destroyed, older bases stay
+
+Rules of this file:
+
+1. The name is random and on disk in the store before the pool is asked, so that a snapshot is ours
+   even if we are killed before its tag is written.
+2. A base is destroyed only after a newer one of the same disk is committed.
+3. Of a VM's snapshot the VM goes first: ``data_destroy`` waits for its VBDs to disappear
+   (xen-api, xapi_vdi.ml).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from . import errors
+from .catalogue import VMHistory
+from .inventory import VDI, VM, Inventory, Owned, read_owner
+from .plan import VMPlan
+from .pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What our snapshots in the pool are called, and tagged with."""
+
+    name: str
+    owner: Owned
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A tagged snapshot of a VM, or of one VDI (then ``vm`` is None).
+
+    Attributes:
+        disks: the snapshot VDIs by device of the plan; a disk that went away is missing.
+        others: snapshot VDIs that came along though nobody asked for them.
+        inventory: the pool as it was just after.
+    """
+
+    inventory: Inventory
+    vm: VM | None = None
+    disks: Mapping[str, VDI] = field(default_factory=dict[str, VDI])
+    others: tuple[VDI, ...] = ()
+
+
+async def take(pool: Pool, plan: VMPlan, naming: Naming) -> Snapshot:
+    """Snapshot all disks of ``plan`` and tag what that made.
+
+    Raises:
+        PoolError: the pool refused; an untagged snapshot may be left, known by its name.
+    """
+    if plan.vm_ref:
+        ref = await pool.snapshot_vm(plan.vm_ref, naming.name)
+        inventory = await pool.inventory()
+        snapshot = _of_vm(inventory, plan, ref)
+        await pool.tag("VM", ref, naming.owner)
+        for vdi in (*snapshot.disks.values(), *snapshot.others):
+            await pool.tag("VDI", vdi.ref, naming.owner)
+        return snapshot
+    disk = plan.disks[0]
+    ref = await pool.snapshot_vdi(disk.vdi_ref, name=naming.name, owner=naming.owner)
+    inventory = await pool.inventory()
+    return Snapshot(inventory, disks={disk.device: _known(inventory, ref)})
+
+
+def _of_vm(inventory: Inventory, plan: VMPlan, ref: str) -> Snapshot:
+    vm = inventory.vms.get(ref)
+    if vm is None:
+        raise errors.PoolError(f"the snapshot of VM {plan.vm_name!r} vanished as it was taken")
+    found = {disk.vdi.snapshot_of: disk.vdi for disk in inventory.disks_of(vm)}
+    disks = {d.device: found.pop(d.vdi_ref) for d in plan.disks if d.vdi_ref in found}
+    # a shared or read-only disk stands in the snapshot as itself: never ours
+    others = tuple(vdi for vdi in found.values() if vdi.is_a_snapshot)
+    return Snapshot(inventory, vm, disks, others)
+
+
+def _known(inventory: Inventory, ref: str) -> VDI:
+    vdi = inventory.vdis.get(ref)
+    if vdi is None:
+        raise errors.PoolError("the snapshot of the disk vanished as it was taken")
+    return vdi
+
+
+async def retire(
+    pool: Pool,
+    snapshot: Snapshot,
+    *,
+    committed: Iterable[str],
+    history: VMHistory | None,
+    store_uuid: str,
+) -> list[str]:
+    """Turn the ``committed`` devices into bases, and destroy what they replace.
+
+    Everything is tried; the sentences returned say what failed. The next run of the same VM tries
+    again, so a failure costs space in the pool and nothing else.
+    """
+    cleaner = _Cleaner(pool)
+    if snapshot.vm is not None:
+        await cleaner.destroy_vm(snapshot.vm)
+    kept = set(committed)
+    for device, vdi in snapshot.disks.items():
+        if device not in kept:
+            await cleaner.destroy_vdi(vdi)
+            continue
+        for old in _replaced(snapshot.inventory, device, vdi, history, store_uuid):
+            await cleaner.destroy_vdi(old)
+        await cleaner.keep_as_base(vdi)
+    for vdi in snapshot.others:
+        await cleaner.destroy_vdi(vdi)
+    return cleaner.problems
+
+
+def _replaced(
+    inventory: Inventory, device: str, new: VDI, history: VMHistory | None, store_uuid: str
+) -> list[VDI]:
+    """Return our bases that ``new``, the base of ``device``, makes superfluous.
+
+    ``snapshot_of`` alone would miss the bases of a disk that was replaced, and the store's records
+    alone those of points that somebody removed by hand.
+    """
+    recorded = {
+        disk.snapshot_uuid
+        for point in (history.points if history else ())
+        for disk in point.disks
+        if disk.device == device
+    }
+    return [
+        vdi
+        for vdi in inventory.vdis.values()
+        if vdi.uuid != new.uuid
+        and (vdi.uuid in recorded or vdi.snapshot_of == new.snapshot_of)
+        and is_base_of(vdi, store_uuid)
+    ]
+
+
+def is_base_of(record: VDI | VM, store_uuid: str) -> bool:
+    """Tell whether ``record`` is a snapshot that a sync into this store made."""
+    owner = read_owner(record.other_config, record.uuid)
+    return (
+        record.is_a_snapshot
+        and owner is not None
+        and owner.role == "base"
+        and owner.store == store_uuid
+    )
+
+
+async def discard(pool: Pool, snapshot: Snapshot) -> list[str]:
+    """Destroy the whole snapshot; the sentences returned say what could not be."""
+    cleaner = _Cleaner(pool)
+    if snapshot.vm is not None:
+        await cleaner.destroy_vm(snapshot.vm)
+    for vdi in (*snapshot.disks.values(), *snapshot.others):
+        await cleaner.destroy_vdi(vdi)
+    return cleaner.problems
+
+
+async def clear_vms(pool: Pool, inventory: Inventory, vm: VM, store_uuid: str) -> list[str]:
+    """Destroy the snapshot VMs that earlier runs into this store left of ``vm``; disks stay."""
+    cleaner = _Cleaner(pool)
+    for snapshot in inventory.vm_snapshots_of(vm):
+        if is_base_of(snapshot, store_uuid):
+            await cleaner.destroy_vm(snapshot)
+    return cleaner.problems
+
+
+class _Cleaner:
+    """Destroys one thing after the other, and remembers what refused."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.problems: list[str] = []
+        self._pool = pool
+
+    async def destroy_vm(self, vm: VM) -> None:
+        try:
+            await self._pool.destroy_snapshot_vm(vm.ref)
+        except errors.PoolError as exc:
+            self._tell("snapshot VM", vm.uuid, exc)
+
+    async def destroy_vdi(self, vdi: VDI) -> None:
+        try:
+            await self._pool.destroy_vdi(vdi.ref)
+        except errors.PoolError as exc:
+            self._tell("snapshot", vdi.uuid, exc)
+
+    async def keep_as_base(self, vdi: VDI) -> None:
+        """Keep metadata only; a snapshot without change tracking can be no base at all."""
+        if not vdi.cbt_enabled:
+            await self.destroy_vdi(vdi)
+            return
+        try:
+            await self._pool.data_destroy(vdi.ref)
+        except errors.PoolError as exc:
+            self._tell("the data of snapshot", vdi.uuid, exc)
+
+    def _tell(self, what: str, uuid: str, exc: errors.PoolError) -> None:
+        self.problems.append(f"could not remove {what} {uuid} from the pool: {exc}")
