@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import cast
 
 from bitarray import bitarray
-from bitarray.util import intervals
+from bitarray.util import intervals  # pyright: ignore[reportUnknownVariableType] its stub is open
 
 from . import errors
 from .extents import Extent
