@@ -186,7 +186,7 @@ class Folder:
     def names(self) -> list[str]:
         """Return the names in this directory, sorted."""
         with told("list", self.path):
-            return sorted(os.listdir(self.fd))
+            return sorted(os.listdir(self.fd))  # noqa: PTH208 - Path cannot list a descriptor
 
     def is_folder(self, name: str) -> bool:
         """Tell whether ``name`` is a directory here, and no symbolic link to one."""

@@ -1,0 +1,54 @@
+"""Fixtures for all tests: directories to put stores in."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cbtfs import image
+
+
+@pytest.fixture(scope="session")
+def reflink_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory where FICLONE works: the usual one, or an XFS image mounted for the session."""
+    root = tmp_path_factory.mktemp("reflink")
+    if image.reflink_supported(root):
+        yield root
+        return
+    if os.geteuid() != 0 or shutil.which("mkfs.xfs") is None:
+        pytest.skip("no reflinks here: needs root and xfsprogs to mount an XFS image")
+    disk = root / "xfs.img"
+    mounted = root / "mounted"
+    mounted.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(512 << 20)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", disk], check=True)
+    done = subprocess.run(["mount", "-o", "loop", disk, mounted], check=False)
+    if done.returncode != 0:
+        pytest.skip("no reflinks here: the kernel cannot mount an XFS image")
+    try:
+        yield mounted
+    finally:
+        subprocess.run(["umount", mounted], check=True)
+        disk.unlink()
+
+
+@pytest.fixture
+def reflink_dir(reflink_root: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A fresh directory where FICLONE works."""
+    path = reflink_root / f"test-{abs(hash(request.node.nodeid)):x}"
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(params=["usual", "reflink"])
+def any_dir(request: pytest.FixtureRequest) -> Path:
+    """A fresh directory, once on the usual file system and once where FICLONE works."""
+    name = "tmp_path" if request.param == "usual" else "reflink_dir"
+    path = request.getfixturevalue(name)
+    assert isinstance(path, Path)
+    return path
