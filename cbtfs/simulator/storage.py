@@ -1,0 +1,449 @@
+"""Storage: what the storage manager does with disks, their layers and their change logs.
+
+A snapshot freezes the leaf, which becomes a hidden VDI, and puts two empty leaves on it::
+
+         live                 live   snapshot
+          |          ->          \\   /
+        [base]                  [hidden]
+                                   |
+                                 [base]
+
+Destroying one of the two leaves a hidden layer with a single child; they are coalesced. The
+change logs form chains of their own, by uuid, and are never derived from contents. What sm
+does is in sm, drivers/VDI.py (``_cbt_snapshot``, ``delete``, ``list_changed_blocks``).
+"""
+
+import threading
+import uuid as uuids
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import changelog, failures, layers
+from .changelog import ChangeLog
+from .disk import Disk
+from .failures import SimError
+from .layers import Layer
+
+LONGEST_CHAIN = 30
+"""Layers of a disk; one more snapshot is refused (sm, drivers/vhdutil.py)."""
+
+
+@dataclass
+class Rearranged:
+    """What happened to the hidden VDIs: uuids whose parent is another now, and uuids gone."""
+
+    moved: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
+
+
+class Storage:
+    """The disks of a pool and their logs; thread-safe.
+
+    Attributes:
+        disks: contents by uuid of the VDI, metadata-only ones included.
+        hidden: frozen layers by uuid of their hidden VDI.
+        logs: change logs by uuid of the VDI; a key that is missing means tracking is off.
+        coalesce: whether chains are shortened at once.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.disks: dict[str, Disk] = {}
+        self.hidden: dict[str, Layer] = {}
+        self.logs: dict[str, ChangeLog] = {}
+        self.coalesce = True
+        self._owners: dict[Layer, Disk] = {}
+        self._rearranged = Rearranged()
+        self._trash: list[Path] = []
+        self._lock = threading.RLock()
+
+    # ── contents ─────────────────────────────────────────────────────────────────────────
+
+    def create(self, uuid: str, *, size: int, sector: int) -> Disk:
+        """Make an empty disk."""
+        with self._lock:
+            disk = Disk(uuid, size=size, sector=sector, leaf=None)
+            self._stack(disk, self._new_layer())
+            self.disks[uuid] = disk
+            return disk
+
+    def snapshot(self, uuid: str, child: str, *, hidden: str, active: bool, track: bool) -> bool:
+        """Freeze a disk; ``child`` becomes the snapshot's uuid, ``hidden`` the base copy's.
+
+        Args:
+            uuid: of the live VDI.
+            child: of the snapshot.
+            hidden: for the frozen layer, if one is needed.
+            active: a host has the disk open for writing.
+            track: False if the log cannot be made: tracking goes off, the snapshot is taken.
+
+        Returns:
+            Whether ``hidden`` was used; a disk not written since its last snapshot shares
+            the parent instead (sm, drivers/FileSR.py).
+
+        Raises:
+            SimError: the chain is too long.
+        """
+        with self._lock, self.disks[uuid].lock:
+            used = self._fork(uuid, child, hidden=hidden)
+            if uuid not in self.logs:
+                return used
+            if track:
+                self._rename_log(uuid, child, active=active)
+            else:
+                self.disable_cbt(uuid)
+            return used
+
+    def clone(self, uuid: str, child: str, *, hidden: str) -> bool:
+        """Make ``child`` a writable copy; tracking stays as it is on ``uuid``, off on ``child``."""
+        with self._lock, self.disks[uuid].lock:
+            return self._fork(uuid, child, hidden=hidden)
+
+    def destroy(self, uuid: str) -> None:
+        """Remove a disk; its log is merged into the next newer one."""
+        with self._lock:
+            log = self.logs.get(uuid)
+            if log is not None:
+                self._unlink_log(uuid, log)
+            self.data_destroy(uuid)
+            del self.disks[uuid]
+
+    def data_destroy(self, uuid: str) -> None:
+        """Remove the contents, keep the log."""
+        with self._lock:
+            disk = self.disks[uuid]
+            with disk.lock:
+                leaf = disk.leaf
+                disk.stack(None)
+            if leaf is not None:
+                below = leaf.parent
+                self._owners.pop(leaf)
+                self._discard(leaf)
+                self._settle(below)
+
+    def resize(self, uuid: str, size: int, *, track: bool) -> None:
+        """Grow a disk; new space is zero and not in the log. Without ``track`` the log fails.
+
+        Raises:
+            SimError: the disk would shrink.
+        """
+        with self._lock, self.disks[uuid].lock:
+            disk = self.disks[uuid]
+            if size < disk.size:
+                raise failures.storage(
+                    79, "VDI Invalid size", detail="shrinking not allowed"
+                )
+            disk.size = size
+            if uuid in self.logs and track:
+                self.logs[uuid].grow(size)
+            elif uuid in self.logs:
+                self.disable_cbt(uuid)
+
+    def collect(self) -> None:
+        """Coalesce whatever can be, as the garbage collector does in its own time."""
+        with self._lock:
+            for layer in list(self.hidden.values()):
+                if layer.uuid:
+                    self._settle(layer, force=True)
+
+    def rearranged(self) -> Rearranged:
+        """Return what changed in the tree of hidden VDIs since the last call."""
+        with self._lock:
+            found, self._rearranged = self._rearranged, Rearranged()
+            found.moved &= self.disks.keys() | self.hidden.keys()
+            return found
+
+    def parent(self, uuid: str) -> str:
+        """Return the uuid of the hidden VDI below a VDI, "" at the bottom."""
+        layer = self.hidden[uuid] if uuid in self.hidden else self.disks[uuid].leaf
+        return layer.parent.uuid if layer is not None and layer.parent is not None else ""
+
+    # ── change logs ──────────────────────────────────────────────────────────────────────
+
+    def enable_cbt(self, uuid: str, *, active: bool) -> None:
+        """Start an empty log; without effect if there is one."""
+        with self._lock, self.disks[uuid].lock:
+            if uuid not in self.logs:
+                self._put_log(uuid, ChangeLog(self.disks[uuid].size))
+                if active:
+                    self.logs[uuid].activate()
+
+    def disable_cbt(self, uuid: str) -> None:
+        """Delete the log: nothing older can be compared with anything newer any more."""
+        with self._lock, self.disks[uuid].lock:
+            log = self.logs.pop(uuid, None)
+            self.disks[uuid].log = None
+            if log is not None and log.parent in self.logs:
+                self.logs[log.parent].child = ""
+
+    def activate(self, uuid: str) -> bool:
+        """A host opens the disk for writing; False if the log was bad and tracking is off now."""
+        with self._lock, self.disks[uuid].lock:
+            log = self.logs.get(uuid)
+            if log is None:
+                return True
+            if not log.consistent:
+                self.disable_cbt(uuid)
+                return False
+            log.activate()
+            return True
+
+    def deactivate(self, uuid: str, *, crashed: bool = False) -> None:
+        """The host closes the disk, or dies with it open."""
+        with self._lock, self.disks[uuid].lock:
+            log = self.logs.get(uuid)
+            if log is not None and crashed:
+                log.crash()
+            elif log is not None:
+                log.deactivate()
+
+    def changed(self, older: str, newer: str) -> ChangeLog:
+        """Return what was written after ``older`` up to ``newer``, as one log.
+
+        Raises:
+            SimError: fault 460 or 459, in sm's words.
+        """
+        with self._lock:
+            if older == newer:
+                raise _changed_blocks("Source and target VDI are same")
+            if older not in self.logs or newer not in self.logs:
+                raise _changed_blocks("Source and target VDI are unrelated")
+            chain: list[ChangeLog] = []
+            here = older
+            while here != newer:
+                here = self.logs[here].child
+                if here not in self.logs:
+                    raise _changed_blocks("Source and target VDI are unrelated")
+                _check_growth(chain[-1] if chain else None, self.logs[here])
+                chain.append(self.logs[here])
+            with self.disks[newer].lock:
+                return changelog.union(chain)
+
+    # ── keeping it ───────────────────────────────────────────────────────────────────────
+
+    def dump(self) -> dict[str, object]:
+        """Return layers, disks and logs as JSON can hold them."""
+        with self._lock:
+            known = {layer for disk in self.disks.values() for layer in _chain(disk)}
+            known |= set(self.hidden.values())
+            disks = {}
+            for uuid, disk in self.disks.items():
+                with disk.lock:
+                    leaf = disk.leaf.name if disk.leaf is not None else ""
+                    disks[uuid] = [disk.size, disk.sector, leaf]
+            return {
+                "layers": {layer.name: _dump_layer(layer) for layer in known},
+                "disks": disks,
+                "logs": {uuid: log.dump() for uuid, log in self.logs.items()},
+            }
+
+    def restore(self, dump: Mapping[str, object]) -> None:
+        """Become what ``dump`` gave; files of no layer are removed."""
+        rows = _table(dump["layers"])
+        made: dict[str, Layer] = {"": None}  # type: ignore[dict-item]
+        for name, row in rows.items():
+            made[name] = Layer(self.directory, name)
+            made[name].uuid = str(row[1])
+            made[name].masks = _masks(row[2])
+        for name, row in rows.items():
+            made[name].link(made[str(row[0])])
+        self.hidden = {layer.uuid: layer for layer in made.values() if layer and layer.uuid}
+        for uuid, row in _table(dump["disks"]).items():
+            size, sector, leaf = row
+            disk = Disk(uuid, size=int(str(size)), sector=int(str(sector)), leaf=None)
+            self.disks[uuid] = disk
+            if leaf:
+                self._stack(disk, made[str(leaf)])
+        logs = dump["logs"]
+        for uuid, log in logs.items() if isinstance(logs, dict) else ():
+            self._put_log(str(uuid), ChangeLog.restore(log))
+        known = {path for layer in made.values() if layer for path in layer.paths()}
+        for path in set(self.directory.glob("*.raw")) - known:
+            path.unlink()
+
+    def empty_trash(self) -> None:
+        """Remove files of layers that are gone; called once a state without them is saved."""
+        with self._lock:
+            trash, self._trash = self._trash, []
+        for path in trash:
+            path.unlink(missing_ok=True)
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────
+
+    def _new_layer(self, *, parent: Layer | None = None) -> Layer:
+        return Layer(self.directory, uuids.uuid4().hex, parent=parent)
+
+    def _stack(self, disk: Disk, leaf: Layer) -> None:
+        if disk.leaf is not None:
+            self._owners.pop(disk.leaf, None)
+        disk.stack(leaf)
+        self._owners[leaf] = disk
+        self._rearranged.moved.add(disk.uuid)
+
+    def _fork(self, uuid: str, child: str, *, hidden: str) -> bool:
+        disk = self.disks[uuid]
+        leaf = disk.leaf
+        if leaf is None:
+            raise ValueError(f"disk {uuid} has no data")
+        copy = Disk(child, size=disk.size, sector=disk.sector, leaf=None)
+        self.disks[child] = copy
+        if not leaf.masks and leaf.parent is not None:
+            self._stack(copy, self._new_layer(parent=leaf.parent))
+            return False
+        if disk.depth() >= LONGEST_CHAIN:
+            del self.disks[child]
+            raise SimError("SR_BACKEND_FAILURE_109", "", "The snapshot chain is too long", "")
+        self._stack(copy, self._new_layer(parent=leaf))
+        self._stack(disk, self._new_layer(parent=leaf))
+        leaf.uuid = hidden
+        self.hidden[hidden] = leaf
+        self._rearranged.moved.add(hidden)
+        return True
+
+    def _put_log(self, uuid: str, log: ChangeLog) -> None:
+        self.logs[uuid] = log
+        self.disks[uuid].log = log
+
+    def _rename_log(self, uuid: str, snapshot: str, *, active: bool) -> None:
+        """Give the live log to the snapshot, start a new one (sm, VDI.py ``_cbt_snapshot``).
+
+        The snapshot's log counts as consistent whatever it was before; that is sm's hole
+        after a crash of a host.
+        """
+        old = self.logs.pop(uuid)
+        new = ChangeLog(self.disks[uuid].size)
+        old.deactivate()
+        if old.parent in self.logs:
+            self.logs[old.parent].child = snapshot
+        new.parent, new.child, old.child = snapshot, old.child, uuid
+        if active:
+            new.activate()
+        self._put_log(snapshot, old)
+        self._put_log(uuid, new)
+
+    def _unlink_log(self, uuid: str, log: ChangeLog) -> None:
+        child = self.logs.get(log.child)
+        if child is not None:
+            with self.disks[log.child].lock:
+                child.merge(log)
+                child.parent = log.parent
+        if log.parent in self.logs:
+            self.logs[log.parent].child = log.child
+        del self.logs[uuid]
+        self.disks[uuid].log = None
+
+    def _discard(self, layer: Layer) -> None:
+        if layer.uuid:
+            self._rearranged.gone.add(layer.uuid)
+            self.hidden.pop(layer.uuid, None)
+            layer.uuid = ""
+        layer.link(None)
+        self._trash += layer.paths()
+        layer.close()
+
+    def _settle(self, layer: Layer | None, *, force: bool = False) -> None:
+        """Remove a hidden layer without children, merge one with a single child."""
+        if not (self.coalesce or force):
+            return
+        while layer is not None and not layer.children:
+            below = layer.parent
+            self._discard(layer)
+            layer = below
+        while layer is not None and len(layer.children) == 1:
+            layer = self._merge(layer, next(iter(layer.children)))
+
+    def _merge(self, lower: Layer, upper: Layer) -> Layer | None:
+        """Make one layer of a hidden one and its only child; return it if it is hidden too.
+
+        The smaller is copied into the larger. If the child is a disk's leaf, its guest
+        waits meanwhile, as sm pauses tapdisk.
+        """
+        disk = self._owners.get(upper)
+        if disk is None:
+            return self._merge_hidden(lower, upper)
+        with disk.lock:
+            if upper.blocks() <= lower.blocks():
+                layers.copy_missing(upper, lower, override=True)
+                self.hidden.pop(lower.uuid)
+                self._rearranged.gone.add(lower.uuid)
+                lower.uuid = ""
+                self._stack(disk, lower)
+                self._discard(upper)
+            else:
+                layers.copy_missing(lower, upper, override=False)
+                upper.link(lower.parent)
+                self._stack(disk, upper)
+                self._discard(lower)
+        return None
+
+    def _merge_hidden(self, lower: Layer, upper: Layer) -> Layer:
+        if upper.blocks() <= lower.blocks():
+            layers.copy_missing(upper, lower, override=True)
+            kept, merged = lower, upper
+        else:
+            layers.copy_missing(lower, upper, override=False)
+            kept, merged = upper, lower
+            upper.link(lower.parent)
+        for child in list(merged.children - {kept}):
+            child.link(kept)
+        self._discard(merged)
+        self._restack(kept)
+        return kept
+
+    def _restack(self, layer: Layer) -> None:
+        self._rearranged.moved.add(layer.uuid)
+        for child in layer.children:
+            disk = self._owners.get(child)
+            if disk is None:
+                self._restack(child)
+                continue
+            with disk.lock:
+                self._stack(disk, child)
+
+
+def _check_growth(before: ChangeLog | None, log: ChangeLog) -> None:
+    """Refuse sizes that do not fit together, by the test that sm makes."""
+    if before is None:
+        return
+    shrunk = log.size < before.size or log.length() < before.length()
+    stuck = log.size > before.size and log.length() <= before.length()
+    if shrunk or stuck:
+        raise failures.storage(
+            459,
+            "Changed block tracking log is in an inconsistent state.",
+            detail="Inconsistent bitmaps",
+        )
+
+
+def _changed_blocks(detail: str) -> SimError:
+    return failures.storage(
+        460, "Failed to calculate changed blocks for given VDIs.", detail=detail
+    )
+
+
+def _chain(disk: Disk) -> tuple[Layer, ...]:
+    return disk.leaf.chain() if disk.leaf is not None else ()
+
+
+def _dump_layer(layer: Layer) -> list[object]:
+    """Return [parent, uuid, [first chunk, count, mask, …]] with runs of equal masks joined."""
+    runs: list[int] = []
+    for chunk, mask in sorted(layer.masks.items()):
+        if runs and runs[-1] == mask and runs[-3] + runs[-2] == chunk:
+            runs[-2] += 1
+        else:
+            runs += [chunk, 1, mask]
+    return [layer.parent.name if layer.parent is not None else "", layer.uuid, runs]
+
+
+def _masks(runs: object) -> dict[int, int]:
+    found: dict[int, int] = {}
+    numbers = runs if isinstance(runs, list) else []
+    for first, count, mask in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+        found.update(dict.fromkeys(range(first, first + count), mask))
+    return found
+
+
+def _table(value: object) -> dict[str, list[object]]:
+    return value if isinstance(value, dict) else {}
