@@ -1,8 +1,48 @@
-"""One NBD export of a pool, read through libnbd and driven by trio."""
+"""One NBD export of a pool, read through libnbd and driven by trio.
 
-from collections.abc import AsyncIterator
+A request lives like this; one task, the pump, is the only one to call ``aio_notify_*``::
+
+    read_into ── aio_pread ──▶ libnbd ──▶ socket ··· reply ··· ──▶ pump: aio_notify_read
+        ▲                                                            │ callback: record only
+        └──────────── request.done ◀──────────── settle ◀────────────┘
+
+Rules of this file:
+
+1. A completion callback only records: libnbd's binding prints and loses what it raises, and
+   whoever waited for that request would wait for ever.
+2. Every completion's error is looked at before the buffer is (libnbd leaves it undefined).
+3. A buffer is its caller's again only when libnbd is done with it, also after a cancellation.
+4. libnbd's messages can contain the export name, which contains the session: they are scrubbed.
+"""
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import nbd as libnbd
+import trio
+
+from . import errors, tls
+from .units import MiB
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 4096
+"""xapi-nbd ends the connection on a read that is not aligned to the disk's sector, 512 or 4096."""
+
+MAX_REQUEST = 4 * MiB
+"""Longer reads are cut: lessons measured show nothing gained beyond it, and it bounds a stall."""
+
+MAX_IN_FLIGHT = 16
+"""Requests under way on one connection; a 28-byte request then never fills a socket."""
+
+_CANCEL_GRACE = 2.0
+_GONE = {errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.EPIPE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +60,72 @@ class NbdAddress:
     subject: str = ""
     tls: bool = True
 
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long, in seconds, to wait for a host before its connection counts as lost."""
+    """How long, in seconds, a host may be silent before its connection counts as lost."""
 
     connect: float = 60.0
+    """Until the disk can be read: attaching it in dom0 takes seconds, more when the SR is busy."""
+
     request: float = 60.0
+    """Without a byte while an answer is due."""
+
     close: float = 30.0
+    """Until the host has detached the disk and ended the connection."""
+
+
+class _Errno(Protocol):
+    """What libnbd hands a completion callback: a C int."""
+
+    value: int
+
+
+class _Request:
+    """A read under way; ``error`` is an errno once ``done`` is set."""
+
+    def __init__(self, view: memoryview, offset: int, finished: list["_Request"]) -> None:
+        self.view = view
+        self.offset = offset
+        self.error = 0
+        self.done = trio.Event()
+        self._finished = finished
+
+    def record(self, error: _Errno) -> int:
+        """Note the outcome (libnbd's completion callback); 1 retires the command."""
+        self.error = error.value
+        self._finished.append(self)
+        return 1
 
 
 class Export:
-    """A readable export. Closed by the context manager that opened it."""
+    """A readable export; opened by ``open_export`` and closed by it.
 
-    size: int
+    State shared between tasks: ``_finished`` is filled by callbacks inside libnbd's calls and
+    emptied by ``_settle`` right after them, with no checkpoint between. ``lost`` is "" until the
+    connection is gone for good.
+    """
+
+    def __init__(self, address: NbdAddress, *, timeouts: Timeouts) -> None:
+        self.address = address
+        self.size = 0
+        self.lost = ""
+        self.timeouts = timeouts
+        self._handle = _configured(address.export_name)
+        self._finished: list[_Request] = []
+        self._slots = trio.Semaphore(MAX_IN_FLIGHT)
+        self._abort: Callable[[], None] = _nothing
+        self._active = 0.0  # when the last byte came
+        self._ready = trio.Event()
+        self._ended = trio.Event()
+        self._driver = trio.CancelScope(shield=True)
+        self._refused = 0
+
+    def __repr__(self) -> str:
+        return f"<Export {self.address} {self.size} bytes{', ' + self.lost if self.lost else ''}>"
 
     async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
         """Fill ``buffer`` with the bytes at ``offset``; any offset and length within ``size``.
@@ -44,22 +136,260 @@ class Export:
             ExportLost: the connection is gone or the server is silent; a fresh one may work.
             ExportError: the range is outside the disk, or the server answered an error.
         """
-        raise NotImplementedError
+        view = memoryview(buffer).cast("B")
+        stop = offset + len(view)
+        if offset < 0 or stop > self.size:
+            raise errors.ExportError(
+                f"{self.address}: bytes {offset} to {stop} are not on the disk"
+            )
+        first = offset - offset % ALIGNMENT
+        last = min(stop + -stop % ALIGNMENT, self.size)
+        if (first, last) == (offset, stop):
+            await self._fill(view, offset)
+        elif view:
+            scratch = memoryview(bytearray(last - first))
+            await self._fill(scratch, first)
+            view[:] = scratch[offset - first : stop - first]
 
     async def pread(self, length: int, offset: int) -> bytes:
         """Return ``length`` bytes at ``offset``; as ``read_into``."""
-        raise NotImplementedError
+        buffer = bytearray(length)
+        await self.read_into(buffer, offset)
+        return bytes(buffer)
+
+    def abort(self) -> None:
+        """Drop the connection at once; reads under way fail with ``ExportLost``."""
+        self._abort()
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────
+
+    async def _fill(self, view: memoryview, offset: int) -> None:
+        issued: list[_Request] = []
+        try:
+            for start in range(0, len(view), MAX_REQUEST):
+                await self._slots.acquire()
+                issued.append(self._issue(view[start : start + MAX_REQUEST], offset + start))
+            for request in issued:
+                await self._answered(request)
+        finally:
+            await self._reclaim(issued)
+        for request in issued:
+            self._check(request)
+
+    def _issue(self, view: memoryview, offset: int) -> _Request:
+        """Send one aligned request, for which the caller has taken a slot."""
+        request = _Request(view, offset, self._finished)
+        try:
+            if self.lost:
+                raise errors.ExportLost(self.lost)
+            if not self._handle.aio_in_flight():
+                self._active = trio.current_time()  # the silence begins now
+            self._handle.aio_pread(libnbd.Buffer.from_buffer(view), offset, request.record)
+        except libnbd.Error as exc:
+            self._slots.release()
+            raise errors.ExportLost(f"{self.address}: {self._told(exc)}") from None
+        except errors.ExportLost:
+            self._slots.release()
+            raise
+        self._settle()
+        return request
+
+    async def _answered(self, request: _Request) -> None:
+        while not request.done.is_set():
+            deadline = self._active + self.timeouts.request
+            if trio.current_time() >= deadline:
+                self._lose(f"no answer for {self.timeouts.request:g} s")
+                raise errors.ExportLost(self.lost)
+            with trio.move_on_at(deadline):
+                await request.done.wait()
+
+    async def _reclaim(self, issued: Iterable[_Request]) -> None:
+        """Wait until libnbd has let go of the buffers, dropping the connection if it does not."""
+        pending = [request for request in issued if not request.done.is_set()]
+        if not pending:
+            return
+        with trio.move_on_after(0 if self.lost else _CANCEL_GRACE, shield=True):
+            for request in pending:
+                await request.done.wait()
+        if all(request.done.is_set() for request in pending):
+            return
+        self._lose("given up with reads under way")
+        with trio.CancelScope(shield=True):
+            for request in pending:
+                await request.done.wait()  # the pump sees the end of the socket at once
+
+    def _check(self, request: _Request) -> None:
+        if not request.error:
+            return
+        if self.lost or request.error in _GONE:
+            raise errors.ExportLost(self.lost or f"{self.address}: the connection is gone")
+        raise errors.ExportError(
+            f"{self.address} cannot read {len(request.view)} bytes at {request.offset}: "
+            f"{os.strerror(request.error)}"
+        )
+
+    def _lose(self, why: str) -> None:
+        self.lost = self.lost or f"{self.address}: {why}"
+        self._abort()
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def connect(self, sock: socket.socket, *, abort: Callable[[], None]) -> None:
+        """Let libnbd greet the server over ``sock``, which it takes over; needs ``drive``."""
+        self._abort = abort
+        sock.setblocking(False)
+        self._handle.aio_connect_socket(sock.detach())
+        await self._ready.wait()
+        if self.lost:
+            kind = errors.ExportError if self._refused else errors.ExportLost
+            raise kind(self.lost)
+        self.size = self._handle.get_size()
+
+    async def drive(self) -> None:
+        """Move libnbd's state machine until the connection ends; survives outer cancellation.
+
+        Readers that are being cancelled need it to take their buffers back; ``close`` ends it.
+        """
+        try:
+            with self._driver:
+                while await self._step():
+                    self._settle()
+        finally:
+            self.lost = self.lost or f"{self.address}: the host ended the connection"
+            self._settle()
+            self._ready.set()
+            self._ended.set()
+
+    async def _step(self) -> bool:
+        """Wait for the socket and notify libnbd once; return whether the connection lives."""
+        handle = self._handle
+        try:
+            # whenever requests wait to be written, replies are due too (see MAX_IN_FLIGHT)
+            if handle.aio_get_direction() == libnbd.AIO_DIRECTION_WRITE:
+                await trio.lowlevel.wait_writable(handle.aio_get_fd())
+                handle.aio_notify_write()
+            else:
+                await trio.lowlevel.wait_readable(handle.aio_get_fd())
+                self._active = trio.current_time()
+                handle.aio_notify_read()
+        except libnbd.Error as exc:
+            self._refused = self._refusal(exc)
+            self.lost = self.lost or f"{self.address}: {self._told(exc)}"
+        if handle.aio_is_dead() or handle.aio_is_closed():
+            return False
+        if not handle.aio_is_connecting():
+            self._ready.set()
+        return True
+
+    def _settle(self) -> None:
+        while self._finished:
+            self._finished.pop().done.set()
+            self._slots.release()
+
+    async def close(self) -> None:
+        """Say goodbye and wait until the host has ended the connection, within bounds.
+
+        xapi-nbd ends it after it has unplugged and destroyed its VBD, so that then the disk is in
+        nobody's use any more.
+        """
+        with trio.move_on_after(self.timeouts.close, shield=True):
+            try:
+                if not self._ended.is_set() and self._handle.aio_is_ready():
+                    self._handle.aio_disconnect()
+                    await self._ended.wait()
+            except libnbd.Error as exc:
+                logger.debug("%s: disconnect: %s", self.address, self._told(exc))
+        if not self._ended.is_set():
+            logger.info("%s: the host has not ended the connection", self.address)
+        self._abort()
+        self._driver.cancel()
+
+    def forget(self) -> None:
+        """Free what libnbd holds; called when nothing waits for its socket any more."""
+        del self._handle
+
+    def _refusal(self, exc: libnbd.Error) -> int:
+        """Return the errno of a server that said no in the handshake, 0 for a lost connection."""
+        number = exc.errnum or 0
+        return 0 if self._ready.is_set() or number in _GONE else number
+
+    def _told(self, exc: libnbd.Error) -> str:
+        name = self.address.export_name
+        return str(exc).replace(name, "the export") if name else str(exc)
+
+
+def _nothing() -> None:
+    """Abort nothing: no connection yet."""
+
+
+def _configured(export_name: str) -> libnbd.NBD:
+    handle = libnbd.NBD()
+    handle.set_tls(libnbd.TLS_DISABLE)  # if there is TLS, it is done before libnbd speaks
+    handle.set_export_name(export_name)
+    handle.set_pread_initialize(False)  # every completion is checked; saves a pass over memory
+    handle.set_request_structured_replies(False)  # xapi-nbd has none; saves a round trip
+    return handle
 
 
 @asynccontextmanager
 async def open_export(
     address: NbdAddress, *, timeouts: Timeouts | None = None
-) -> AsyncIterator[Export]:
+) -> AsyncGenerator[Export]:
     """Connect to ``address`` and yield its export; on exit wait until the host closed it.
 
     Raises:
-        AuthenticationFailed: the peer is not the host, or it does not do TLS; nothing was sent.
+        AuthenticationFailed: the peer is not the host, or it does not do TLS; it was told nothing.
         ExportLost: nobody answers, or the host closed the connection.
+        ExportError: the host speaks NBD, and refused.
     """
-    raise NotImplementedError
-    yield Export()
+    limits = timeouts or Timeouts()
+    export = Export(address, timeouts=limits)
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            await _connect(export, nursery)
+            yield export
+        except Exception as exc:  # carried out of the nursery, which would wrap it in a group
+            failure = exc
+        finally:
+            await export.close()
+    export.forget()
+    if failure is not None:
+        raise failure
+
+
+async def _connect(export: Export, nursery: trio.Nursery) -> None:
+    limits, address = export.timeouts, export.address
+    try:
+        with trio.fail_after(limits.connect):
+            sock, abort = await _opened(address, nursery)
+            nursery.start_soon(export.drive)
+            await export.connect(sock, abort=abort)
+    except trio.TooSlowError as exc:
+        raise errors.ExportLost(f"{address} did not get ready within {limits.connect:g} s") from exc
+    except OSError as exc:
+        raise errors.ExportLost(f"{address}: {tls.explain(exc)}") from exc
+
+
+async def _opened(
+    address: NbdAddress, nursery: trio.Nursery
+) -> tuple[socket.socket, Callable[[], None]]:
+    """Return a connected socket that has yet to say hello, and what drops its connection."""
+    if address.tls:
+        channel = await tls.open_channel(
+            address.host, address.port, cert_pem=address.cert_pem, subject=address.subject
+        )
+        nursery.start_soon(channel.run)
+        return channel.socket, channel.close
+    stream = await trio.open_tcp_stream(address.host, address.port)
+    sock = socket.socket(fileno=stream.socket.detach())
+    twin = sock.dup()  # libnbd owns and closes the other
+    return sock, lambda: _shut(twin)
+
+
+def _shut(sock: socket.socket) -> None:
+    with sock:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # closed already
