@@ -1,0 +1,304 @@
+"""Disks: what open files read: a snapshot itself, or a temporary snapshot of a live disk.
+
+A disk that a guest writes to has no contents that could be called its own: two reads see two
+instants. So a live disk is read through a temporary snapshot, and everything that reads, caches or
+connects deals with immutable VDIs only. A ``Source`` is such a VDI to be, shared by open files::
+
+    open A     open B      close A    close B                       open C
+      |----------|--------------|-------|···· linger ····|             |-------…
+           first read                                    gone               first read
+           takes the snapshot                                               takes another one
+
+What a user sees of a live disk:
+
+1. ``open`` and ``close`` touch nothing; the first read takes the snapshot.
+2. All files that are open at the same time show the same instant. They have to: the kernel keeps
+   one set of pages for all of them, and two instants in it would be a mix.
+3. **Opening a disk that nobody has open shows it as it is now**, even while the snapshot of an
+   earlier open lingers: who copies a disk twice wants two instants, and a script that freezes its
+   guest before the copy must not get a copy from before the freeze. The earlier snapshot then goes
+   at once, so that at most one per disk stays, however often it is opened.
+4. A snapshot that is no longer read stays for ``linger`` seconds, for whoever wants to compare a
+   copy with it; then, or at the end of the mount, it is destroyed. What a killed process left is
+   removed by the next one on the same machine (``remove_leftovers``).
+
+A snapshot VDI needs no instant, but its connection is kept in the same way, to be used again.
+"""
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from . import errors, process
+from .connections import CLOSE_LIMIT, LIMIT, Connections, Exporter
+from .inventory import VDI, Inventory, Owned, read_owner
+
+log = logging.getLogger(__name__)
+
+LINGER = 60.0
+"""Seconds that connections and temporary snapshots stay after the last close, by default."""
+
+SNAPSHOT_LIMIT = 300.0
+"""Seconds that a pool gets to take a snapshot: its SR may be busy with others of the same kind."""
+
+DESTROY_LIMIT = 60.0
+"""Seconds that a pool gets to destroy one; after that the next mount does it."""
+
+TRIES = 3
+"""How often a read is tried, each time on a fresh connection, before it fails."""
+
+ROLE = "live"
+"""Role of temporary snapshots in their owner tag."""
+
+
+class Pool(Exporter, Protocol):
+    """What is needed of a pool."""
+
+    async def snapshot_vdi(self, vdi_ref: str, *, name: str, owner: Owned) -> str:
+        """Snapshot a VDI, tag the snapshot as ours, and return its reference."""
+        ...
+
+    async def destroy_vdi(self, vdi_ref: str) -> None:
+        """Destroy a snapshot of ours."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Instant:
+    """One attempt of a source to have something to read: ``ref``, or ``error``, once ``ready``."""
+
+    ref: str = ""
+    error: Exception | None = None
+    ready: trio.Event = field(default_factory=trio.Event)
+    gone: trio.Event = field(default_factory=trio.Event)
+    task: trio.CancelScope = field(default_factory=lambda: trio.CancelScope(shield=True))
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """An immutable VDI that open files read, or will; it fits ``cache.Reader``.
+
+    ``Disks`` alone writes to it: ``files`` is how many have it open; ``instant`` exists from the
+    first read on; ``idle`` is cancelled, at once or by its deadline, when the time of the source is
+    over; ``previous`` is what lingers of an earlier source of the same disk.
+
+    Attributes:
+        vdi: the disk that the file shows.
+        size: bytes that the file shows; the size of a file does not change while it is mounted.
+    """
+
+    disks: "Disks" = field(repr=False)
+    vdi: VDI
+    size: int
+    previous: "Source | None" = field(default=None, repr=False)
+    files: int = 0
+    instant: _Instant | None = field(default=None, repr=False)
+    idle: trio.CancelScope = field(default_factory=trio.CancelScope, repr=False)
+
+    @property
+    def key(self) -> str:
+        """Name of the contents for the cache: that of a snapshot, else a new one each time."""
+        return self.vdi.uuid if self.vdi.is_a_snapshot else f"{self.vdi.uuid} at {id(self):x}"
+
+    def may_be_joined(self) -> bool:
+        """Whether a file that is opened now shows what this one shows; see rules 2 and 3."""
+        return self.files > 0 or (self.vdi.is_a_snapshot and not self.idle.cancel_called)
+
+    async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``; the first read prepares what it takes.
+
+        Raises:
+            CbtfsError: the snapshot could not be taken, or the disk not be read.
+        """
+        await self.disks.fill(self, buffer, offset)
+
+
+class Disks:
+    """The sources of one mount.
+
+    ``_newest`` has the source that was opened last by VDI reference, ``_running`` those whose task
+    runs. Both change only between awaits. The task of a source is shielded: it ends because it is
+    told to, never in the middle of a call that changes the pool.
+
+    Args:
+        pool: takes and destroys the snapshots.
+        connections: reads them.
+        nursery: the tasks run here; the caller calls ``end`` before it leaves the nursery.
+        linger: seconds that a source stays after its last file is closed.
+    """
+
+    def __init__(
+        self, pool: Pool, connections: Connections, nursery: trio.Nursery, *, linger: float = LINGER
+    ) -> None:
+        self._pool = pool
+        self._connections = connections
+        self._nursery = nursery
+        self._linger = linger
+        self._newest: dict[str, Source] = {}
+        self._running: set[Source] = set()
+        self._ended = False
+
+    def open(self, vdi: VDI, *, size: int) -> Source:
+        """Return what a file that is opened now reads, ``size`` bytes of ``vdi``.
+
+        ``files`` of it is 1 if the file is the first. The caller hands it to ``close`` once.
+        """
+        source = self._newest.get(vdi.ref)
+        if source is None or not source.may_be_joined():
+            source = self._newest[vdi.ref] = Source(self, vdi, size, previous=source)
+        source.files += 1
+        source.idle.deadline = float("inf")
+        return source
+
+    def close(self, source: Source) -> None:
+        """Note that a file is closed; after the last one the source lingers."""
+        source.files -= 1
+        if source.files:
+            return
+        if source.instant is not None:
+            source.idle.deadline = trio.current_time() + self._linger
+        elif source.previous is not None:
+            self._newest[source.vdi.ref] = source.previous
+        else:
+            del self._newest[source.vdi.ref]
+
+    async def fill(self, source: Source, buffer: memoryview | bytearray, offset: int) -> None:
+        """Fill ``buffer`` with the bytes of ``source`` at ``offset``.
+
+        Cancelling it leaves snapshot and connection to those who read next.
+
+        Raises:
+            CbtfsError: the snapshot could not be taken, or the disk not be read.
+        """
+        instant = source.instant or self._start(source)
+        await instant.ready.wait()
+        if instant.error is not None:
+            raise instant.error
+        for wait in range(TRIES - 1):
+            try:
+                await self._read(instant.ref, buffer, offset)
+            except errors.ExportLost as error:
+                log.info("reading %s anew: %s", source.vdi.uuid, error)
+                await trio.sleep(1 + wait)  # xapi needs a moment to clean up after a lost one
+            else:
+                return
+        await self._read(instant.ref, buffer, offset)
+
+    async def end(self) -> None:
+        """Close all connections and destroy all snapshots, as far as the pool lets us in time."""
+        self._ended = True
+        with trio.move_on_after(CLOSE_LIMIT + DESTROY_LIMIT):
+            for source in list(self._running):
+                source.idle.cancel()
+            for source in list(self._running):
+                if source.instant is not None:
+                    await source.instant.gone.wait()
+        for source in self._running:
+            if source.instant is not None:
+                source.instant.task.cancel()
+        await self._connections.close_all()
+
+    async def _read(self, ref: str, buffer: memoryview | bytearray, offset: int) -> None:
+        async with self._connections.use(ref) as export:
+            await export.read_into(buffer, offset)
+
+    def _start(self, source: Source) -> _Instant:
+        if self._ended:
+            raise errors.ExportError("the mount is ending")
+        if source.previous is not None:
+            source.previous.idle.cancel()
+            source.previous = None
+        instant = source.instant = _Instant()
+        self._running.add(source)
+        self._nursery.start_soon(self._run, source, instant)
+        return instant
+
+    async def _run(self, source: Source, instant: _Instant) -> None:
+        """Hold what ``source`` reads from its first read until its time is over."""
+        try:
+            with instant.task:
+                instant.ref = await self._take(source.vdi)
+                instant.ready.set()
+                with source.idle:
+                    await trio.sleep_forever()
+                await self._drop(source.vdi, instant.ref)
+        except Exception as error:  # whatever it is, it belongs to those who read
+            instant.error = error
+            source.instant = None  # the next read tries again
+        finally:
+            self._running.discard(source)
+            if self._newest.get(source.vdi.ref) is source and not source.files:
+                del self._newest[source.vdi.ref]
+            instant.ready.set()
+            instant.gone.set()
+
+    async def _take(self, vdi: VDI) -> str:
+        """Return the reference of an immutable VDI with the contents of ``vdi``."""
+        if not vdi.is_readable:
+            raise errors.ExportError(f"VDI {vdi.uuid} has no data to read (type {vdi.type})")
+        if vdi.is_a_snapshot:
+            return vdi.ref
+        me = process.this_process()
+        owner = Owned(
+            self_uuid="", role=ROLE, host=me.host, pid=me.pid, boot=me.boot, starttime=me.starttime
+        )
+        name = f"cbtfs: read by process {me.pid} on {me.host}"
+        with trio.move_on_after(SNAPSHOT_LIMIT):
+            return await self._pool.snapshot_vdi(vdi.ref, name=name, owner=owner)
+        raise errors.PoolError(f"the snapshot of VDI {vdi.uuid} took over {SNAPSHOT_LIMIT:.0f} s")
+
+    async def _drop(self, vdi: VDI, ref: str) -> None:
+        """Close the connection, and destroy the snapshot if it is a temporary one."""
+        await self._connections.close(ref)
+        if vdi.is_a_snapshot:
+            return
+        try:
+            with trio.fail_after(DESTROY_LIMIT):
+                await self._pool.destroy_vdi(ref)
+        except (errors.CbtfsError, trio.TooSlowError) as error:
+            log.warning("the temporary snapshot of VDI %s stays for now: %s", vdi.uuid, error)
+
+
+@asynccontextmanager
+async def open_disks(
+    pool: Pool, *, linger: float = LINGER, connections: int = LIMIT
+) -> AsyncGenerator[Disks, None]:
+    """Yield the disks of ``pool``; on exit its connections are closed and its snapshots destroyed.
+
+    Args:
+        pool: where they are.
+        linger: seconds that snapshots and connections stay after the last close.
+        connections: how many may be open at a time.
+    """
+    async with trio.open_nursery() as nursery:
+        disks = Disks(pool, Connections(pool, nursery, limit=connections), nursery, linger=linger)
+        try:
+            yield disks
+        finally:
+            with trio.CancelScope(shield=True):  # bounded by the limits of this file
+                await disks.end()
+
+
+async def remove_leftovers(pool: Pool, inventory: Inventory) -> None:
+    """Destroy the temporary snapshots that dead mounts of this machine left in ``pool``.
+
+    Those of a living process, of another machine, and everything without our tag stay. A failure is
+    logged and nothing more: a mount can do without it.
+    """
+    for vdi in inventory.vdis.values():
+        owner = read_owner(vdi.other_config, vdi.uuid)
+        if owner is None or owner.role != ROLE or not vdi.is_a_snapshot:
+            continue
+        maker = process.Process(owner.host, owner.boot, owner.pid, owner.starttime)
+        if not maker.is_dead():
+            continue
+        try:
+            with trio.fail_after(DESTROY_LIMIT):
+                await pool.destroy_vdi(vdi.ref)
+            log.info("removed snapshot %s, left by process %d", vdi.uuid, owner.pid)
+        except (errors.CbtfsError, trio.TooSlowError) as error:
+            log.warning("snapshot %s, left by a dead mount, stays: %s", vdi.uuid, error)
