@@ -281,10 +281,14 @@ class Inventory:
         Raises:
             NotFound: the pool has none.
         """
-        vdi = self._vdis_by_uuid.get(uuid.lower())
+        vdi = self.find_vdi(uuid)
         if vdi is None:
             raise errors.NotFound(f"pool {self.pool.name!r} has no VDI with the uuid {uuid!r}")
         return vdi
+
+    def find_vdi(self, uuid: str) -> VDI | None:
+        """Return the VDI with this uuid, or None if the pool has none."""
+        return self._vdis_by_uuid.get(uuid.lower())
 
     def find_vm(self, name_or_uuid: str) -> VM:
         """Return the live VM with this uuid, or with this name if only one has it.

@@ -1,0 +1,334 @@
+"""Every disk gets the copy it needs, and a reason that says why."""
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from cbtfs import errors, inventory as inventories, plan
+from cbtfs.catalogue import DiskPoint, Point, VMHistory
+from cbtfs.inventory import SR, VBD, VDI, VM, Inventory, Owned, Pool
+from cbtfs.plan import DiskPlan, Reason
+from cbtfs.units import GiB
+
+STORE = "5702e000-0000-4000-8000-000000000001"
+DISK = "d15c0000-0000-4000-8000-000000000001"
+BASE = "ba5e0000-0000-4000-8000-000000000001"
+OLDER = "ba5e0000-0000-4000-8000-000000000000"
+
+
+def tag(uuid: str, *, role: str = "base", store: str = STORE) -> dict[str, str]:
+    owned = Owned(self_uuid=uuid, role=role, store=store)
+    return {inventories.TAG_OWNER: inventories.write_owner(owned)}
+
+
+LIVE = VDI(
+    ref="live", uuid=DISK, name="root", sr_ref="sr", size=4 * GiB, cbt_enabled=True, vbd_refs=("b",)
+)
+SNAPSHOT = VDI(
+    ref="base",
+    uuid=BASE,
+    sr_ref="sr",
+    size=4096,
+    type="cbt_metadata",
+    is_a_snapshot=True,
+    snapshot_of="live",
+    cbt_enabled=True,
+    other_config=tag(BASE),
+)
+WEB1 = VM(ref="vm", uuid="00000000-0000-4000-8000-00000000000a", name="web1", vbd_refs=("b",))
+
+
+def pool(
+    *vdis: VDI, sr: SR | None = None, vms: tuple[VM, ...] = (WEB1,), licence: str = "false"
+) -> Inventory:
+    sr = sr or SR(ref="sr", uuid="57", name="ssd", type="ext", host_refs=("h",), cbt_capable=True)
+    return Inventory(
+        pool=Pool(uuid="p", name="prod", restrictions={"restrict_cbt": licence}),
+        srs={sr.ref: sr},
+        vms={vm.ref: vm for vm in vms},
+        vbds={"b": VBD(ref="b", vm_ref="vm", vdi_ref="live", device="xvda")},
+        vdis={vdi.ref: vdi for vdi in vdis},
+    )
+
+
+def point(time: str, *, snapshot: str = BASE, vdi: str = DISK, size: int = 4 * GiB) -> Point:
+    disk = DiskPoint(
+        device="xvda", file="xvda.raw", vdi_uuid=vdi, size=size, snapshot_uuid=snapshot
+    )
+    return Point(time=time, vm_uuid=WEB1.uuid, disks=(disk,))
+
+
+def history(*points: Point) -> VMHistory:
+    return VMHistory(WEB1.uuid, "web1", points)
+
+
+def replace_device(old: Point, device: str) -> Point:
+    return msgspec.structs.replace(
+        old, disks=(msgspec.structs.replace(old.disks[0], device=device),)
+    )
+
+
+ONE = history(point("20261121T020000Z"))
+
+
+def decide(
+    inventory: Inventory, past: VMHistory | None, *, full: bool = False, vm: VM = WEB1
+) -> DiskPlan:
+    return plan.plan_vm(inventory, vm, past, store=STORE, full=full).disks[0]
+
+
+def test_a_known_base_makes_an_increment() -> None:
+    disk = decide(pool(LIVE, SNAPSHOT), ONE)
+
+    assert (disk.method, disk.reason) == ("incremental", Reason.CHANGED)
+    assert disk.base is not None
+    assert (disk.base.time, disk.base.snapshot_ref) == ("20261121T020000Z", "base")
+    assert disk.detail == "changes since 20261121T020000Z"
+    assert not disk.enable_cbt
+
+
+def test_a_plan_describes_vm_and_disk() -> None:
+    found = plan.plan_vm(pool(LIVE), WEB1, None, store=STORE)
+
+    assert (found.vm_uuid, found.vm_ref, found.vm_name) == (WEB1.uuid, "vm", "web1")
+    disk = found.disks[0]
+    assert (disk.device, disk.vdi_uuid, disk.vdi_ref) == ("xvda", DISK, "live")
+    assert (disk.vdi_name, disk.sr_uuid, disk.size) == ("root", "57", 4 * GiB)
+
+
+@pytest.mark.parametrize("past", [None, history()])
+def test_without_a_restore_point_it_is_the_first(past: VMHistory | None) -> None:
+    disk = decide(pool(LIVE, SNAPSHOT), past)
+
+    assert (disk.method, disk.reason, disk.base) == ("full", Reason.FIRST, None)
+
+
+def test_a_disk_that_is_new_in_an_old_vm_is_the_first() -> None:
+    old = point("20261121T020000Z", vdi=OLDER)
+    other = replace_device(old, "xvdb")
+
+    assert decide(pool(LIVE), history(other)).reason is Reason.FIRST
+
+
+def test_a_full_can_be_asked_for_despite_a_base() -> None:
+    assert decide(pool(LIVE, SNAPSHOT), ONE, full=True).reason is Reason.REQUESTED
+
+
+def test_another_vdi_at_the_same_device_was_replaced() -> None:
+    disk = decide(pool(LIVE, SNAPSHOT), history(point("20261121T020000Z", vdi=OLDER)))
+
+    assert (disk.method, disk.reason) == ("full", Reason.REPLACED)
+    assert "20261121T020000Z" in disk.detail
+
+
+def test_a_disk_that_moved_to_another_device_keeps_its_base() -> None:
+    moved = pool(LIVE, SNAPSHOT)
+    moved = replace(moved, vbds={"b": replace(moved.vbds["b"], device="xvdc")})
+
+    disk = decide(moved, ONE)
+
+    assert (disk.device, disk.method) == ("xvdc", "incremental")
+
+
+def test_tracking_that_is_off_is_turned_on_and_costs_a_full() -> None:
+    disk = decide(pool(replace(LIVE, cbt_enabled=False), SNAPSHOT), ONE)
+
+    assert (disk.method, disk.reason, disk.enable_cbt) == ("full", Reason.CBT_OFF, True)
+
+
+def test_the_first_point_turns_tracking_on() -> None:
+    disk = decide(pool(replace(LIVE, cbt_enabled=False)), None)
+
+    assert (disk.reason, disk.enable_cbt) == (Reason.FIRST, True)
+
+
+def test_an_sr_that_cannot_track_always_gets_fulls() -> None:
+    sr = SR(ref="sr", uuid="57", type="udev", host_refs=("h",))
+    disk = decide(pool(replace(LIVE, cbt_enabled=False), SNAPSHOT, sr=sr), ONE)
+
+    assert (disk.method, disk.reason) == ("full", Reason.CBT_UNSUPPORTED)
+    assert "udev" in disk.detail
+    assert not disk.enable_cbt
+
+
+def test_a_raw_image_cannot_be_tracked() -> None:
+    disk = decide(pool(replace(LIVE, cbt_enabled=False, sm_config={"type": "raw"})), ONE)
+
+    assert (disk.reason, disk.enable_cbt) == (Reason.CBT_UNSUPPORTED, False)
+
+
+def test_a_licence_without_tracking_is_told() -> None:
+    disk = decide(pool(replace(LIVE, cbt_enabled=False), licence="true"), ONE)
+
+    assert (disk.reason, disk.enable_cbt) == (Reason.CBT_UNSUPPORTED, False)
+    assert "licence" in disk.detail
+
+
+def test_a_licence_that_lapsed_does_not_stop_tracking_that_is_on() -> None:
+    assert decide(pool(LIVE, SNAPSHOT, licence="true"), ONE).method == "incremental"
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "reason", "told"),
+    [
+        (None, Reason.BASE_LOST, "no longer has"),
+        (replace(SNAPSHOT, is_a_snapshot=False), Reason.BASE_LOST, "another disk"),
+        (replace(SNAPSHOT, snapshot_of="other"), Reason.BASE_LOST, "another disk"),
+        (replace(SNAPSHOT, sr_ref="sr2"), Reason.BASE_LOST, "another SR"),
+        (replace(SNAPSHOT, other_config={}), Reason.BASE_LOST, "not tagged"),
+        (replace(SNAPSHOT, other_config=tag(DISK)), Reason.BASE_LOST, "not tagged"),
+        (replace(SNAPSHOT, other_config=tag(BASE, role="live")), Reason.BASE_LOST, "not tagged"),
+        (replace(SNAPSHOT, other_config=tag(BASE, store="x")), Reason.BASE_LOST, "not tagged"),
+        (replace(SNAPSHOT, cbt_enabled=False), Reason.CBT_OFF, "not tracked yet"),
+    ],
+)
+def test_a_base_that_cannot_be_built_on_costs_a_full(
+    snapshot: VDI | None, reason: Reason, told: str
+) -> None:
+    disk = decide(pool(LIVE, *([snapshot] if snapshot else [])), ONE)
+
+    assert (disk.method, disk.reason, disk.base) == ("full", reason, None)
+    assert told in disk.detail
+
+
+def test_the_newest_point_whose_snapshot_is_known_is_the_base() -> None:
+    past = history(
+        point("20261119T020000Z", snapshot=OLDER),
+        point("20261120T020000Z"),
+        point("20261121T020000Z", snapshot=""),
+        point("20261122T020000Z", vdi=OLDER),
+    )
+    older = replace(SNAPSHOT, ref="older", uuid=OLDER, other_config=tag(OLDER))
+
+    disk = decide(pool(LIVE, SNAPSHOT, older), past)
+
+    assert disk.base is not None
+    assert disk.base.time == "20261120T020000Z"
+
+
+def test_growing_is_no_reason_for_a_full() -> None:
+    assert decide(pool(replace(LIVE, size=9 * GiB), SNAPSHOT), ONE).method == "incremental"
+
+
+def test_shrinking_is() -> None:
+    disk = decide(pool(replace(LIVE, size=2 * GiB), SNAPSHOT), ONE)
+
+    assert (disk.method, disk.reason, disk.base) == ("full", Reason.RESIZED, None)
+    assert disk.detail == "the disk shrank from 4 GiB to 2 GiB since 20261121T020000Z"
+
+
+@pytest.mark.parametrize(
+    ("vdi", "told"),
+    [
+        (replace(LIVE, missing=True), "missing"),
+        (replace(LIVE, type="suspend"), "suspend"),
+        (replace(LIVE, is_a_snapshot=True), "itself a snapshot"),
+        (replace(LIVE, sr_ref="gone"), "no host"),
+        (replace(LIVE, on_boot="reset"), "reset at every boot"),
+        (replace(LIVE, sharable=True), "shared"),
+    ],
+)
+def test_a_disk_that_cannot_be_copied_is_skipped_with_a_reason(vdi: VDI, told: str) -> None:
+    found = plan.plan_vm(pool(vdi), WEB1, None, store=STORE)
+
+    assert found.disks == ()
+    assert found.skipped[0][0] == "xvda"
+    assert told in found.skipped[0][1]
+
+
+@pytest.mark.parametrize("pattern", ["xvd?", "ro*", DISK])
+def test_disks_are_excluded_by_device_name_or_uuid(pattern: str) -> None:
+    found = plan.plan_vm(pool(LIVE), WEB1, None, store=STORE, exclude=["no", pattern])
+
+    assert found.skipped == (("xvda", "it is excluded"),)
+
+
+def test_a_disk_without_vm_is_a_vm_of_one_disk() -> None:
+    past = VMHistory(f"vdi-{DISK}", "root", ONE.points)
+
+    found = plan.plan_vdi(pool(LIVE, SNAPSHOT), LIVE, past, store=STORE)
+
+    assert (found.vm_uuid, found.vm_ref, found.vm_name) == (f"vdi-{DISK}", "", "root")
+    assert [(d.device, d.method) for d in found.disks] == [("disk", "incremental")]
+    assert plan.plan_vdi(pool(LIVE), LIVE, past, store=STORE, full=True).disks[0].base is None
+
+
+def test_a_disk_without_vm_can_be_impossible_to_copy() -> None:
+    found = plan.plan_vdi(pool(LIVE), replace(LIVE, missing=True), None, store=STORE)
+
+    assert found.disks == ()
+    assert found.skipped == (("disk", "it is missing from its SR"),)
+
+
+def test_falling_back_makes_a_full_of_an_increment() -> None:
+    disk = decide(pool(LIVE, SNAPSHOT), ONE)
+
+    fallen = plan.fall_back(disk, reason=Reason.CBT_MISMATCH, detail="inconsistent bitmaps")
+
+    assert (fallen.method, fallen.reason, fallen.base) == ("full", Reason.CBT_MISMATCH, None)
+    assert fallen.detail == "inconsistent bitmaps"
+    assert fallen.device == disk.device
+
+
+def test_reasons_are_written_as_their_words() -> None:
+    assert f"{Reason.BASE_LOST}" == "base-lost"
+
+
+# ── Selecting ────────────────────────────────────────────────────────────────────────────────
+
+
+def machine(name: str, number: int, *, tags: tuple[str, ...] = ()) -> VM:
+    uuid = f"00000000-0000-4000-8000-{number:012x}"
+    return VM(ref=name + uuid, uuid=uuid, name=name, tags=frozenset(tags))
+
+
+FLEET = pool(
+    LIVE,
+    vms=(
+        WEB1,
+        machine("web2", 2, tags=("gold",)),
+        machine("db1", 3, tags=("gold", "silver")),
+        machine("odd[1]", 4),
+        replace(machine("web9", 9), is_a_snapshot=True),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["web1"], ["web1"]),
+        (["web*"], ["web1", "web2"]),
+        (["db1", "web?"], ["db1", "web1", "web2"]),
+        (["web*", "web1"], ["web1", "web2"]),
+        ([WEB1.uuid], ["web1"]),
+        (["tag:gold"], ["db1", "web2"]),
+        (["tag:s*"], ["db1"]),
+        (["tag:none", "web1"], ["web1"]),
+        (["sr:ss?"], ["web1"]),
+        (["sr:57"], ["web1"]),
+        (["odd[1]"], ["odd[1]"]),
+    ],
+)
+def test_patterns_select_live_vms(patterns: list[str], names: list[str]) -> None:
+    assert [vm.name for vm in plan.select_vms(FLEET, patterns)] == names
+
+
+@pytest.mark.parametrize("patterns", [[], ["x*"], ["tag:x"], ["sr:x", "tag:y"]])
+def test_selecting_nothing_at_all_is_an_error(patterns: list[str]) -> None:
+    with pytest.raises(errors.NotFound, match="no VM of pool 'prod' matches"):
+        plan.select_vms(FLEET, patterns)
+
+
+@pytest.mark.parametrize("name", ["web9", "Web1", ""])
+def test_a_plain_name_must_exist(name: str) -> None:
+    with pytest.raises(errors.NotFound, match=f"no VM called '{name}'"):
+        plan.select_vms(FLEET, ["web1", name])
+
+
+def test_a_vm_whose_sr_is_unknown_is_in_no_sr() -> None:
+    lost = pool(replace(LIVE, sr_ref="gone"))
+
+    with pytest.raises(errors.NotFound):
+        plan.select_vms(lost, ["sr:*"])
