@@ -1,0 +1,128 @@
+"""Certificates like the ones every xapi host makes for itself.
+
+RSA-2048, self-signed, the host name as common name; the only extension is a subject alternative
+name with the DNS names and the addresses of the *management* interface (xen-api,
+ocaml/gencert/selfcert.ml). An address on a dedicated NBD network is therefore never in it, and
+there is neither a key usage nor a basic constraint. Made once per directory by the ``openssl``
+command, so that a restart of the pool shows the same certificates.
+"""
+
+import ssl
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cbtfs import errors
+
+CIPHERS = "ECDHE-RSA-AES256-GCM-SHA384:ECDHE-RSA-AES128-GCM-SHA256"
+"""The two suites of every xapi listener (xen-api, ocaml/xapi-consts/tls_policy.ml)."""
+
+CURVE = "secp384r1"
+
+_CONFIG = """\
+[req]
+distinguished_name = name
+x509_extensions = extensions
+prompt = no
+string_mask = utf8only
+[name]
+CN = {hostname}
+[extensions]
+subjectAltName = {names}
+subjectKeyIdentifier = none
+authorityKeyIdentifier = none
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Whom a certificate names.
+
+    Args:
+        file: stem of the files, without suffix.
+        hostname: fully qualified; its first label is named too.
+        addresses: management addresses, IPv4 or IPv6.
+    """
+
+    file: str
+    hostname: str
+    addresses: tuple[str, ...]
+
+    @property
+    def alternative_names(self) -> str:
+        """The subject alternative names as openssl writes them."""
+        short = self.hostname.partition(".")[0]
+        names = [f"DNS:{name}" for name in dict.fromkeys((self.hostname, short))]
+        return ",".join([*names, *(f"IP:{address}" for address in self.addresses)])
+
+
+def certificate_path(directory: Path, name: str) -> Path:
+    """Return the file of the PEM certificate called ``name``."""
+    return directory / f"{name}.pem"
+
+
+def key_path(directory: Path, name: str) -> Path:
+    """Return the file of the private key called ``name``."""
+    return directory / f"{name}.key"
+
+
+def ensure(directory: Path, subjects: Sequence[Subject]) -> None:
+    """Make the certificates that ``directory`` lacks, at the same time.
+
+    Raises:
+        CbtfsError: the ``openssl`` command is missing or failed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    running = [
+        (subject, _request(directory, subject))
+        for subject in subjects
+        if not certificate_path(directory, subject.file).exists()
+    ]
+    failures = []
+    for subject, process in running:
+        _, complaint = process.communicate()
+        if process.returncode:
+            failures.append(complaint.strip().rpartition("\n")[2])
+            continue
+        key_path(directory, f"{subject.file}.new").replace(key_path(directory, subject.file))
+        new = certificate_path(directory, f"{subject.file}.new")
+        new.replace(certificate_path(directory, subject.file))
+    if failures:
+        raise errors.CbtfsError(f"openssl cannot make a certificate: {failures[0]}")
+
+
+def server_context(directory: Path, name: str) -> ssl.SSLContext:
+    """Return a context as stunnel and xapi-nbd have it: TLS 1.2, two suites, one curve."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(CIPHERS)
+    context.set_ecdh_curve(CURVE)
+    context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
+    context.load_cert_chain(certificate_path(directory, name), key_path(directory, name))
+    return context
+
+
+def _request(directory: Path, subject: Subject) -> subprocess.Popen[str]:
+    config = directory / f"{subject.file}.cnf"
+    config.write_text(
+        _CONFIG.format(hostname=subject.hostname, names=subject.alternative_names),
+        encoding="utf-8",
+    )
+    key = key_path(directory, f"{subject.file}.new")
+    key.touch(mode=0o600)
+    command = [
+        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-sha256"),
+        *("-days", "3650", "-config", str(config), "-keyout", str(key)),
+        *("-out", str(certificate_path(directory, f"{subject.file}.new"))),
+    ]
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise errors.CbtfsError(
+            "the simulated pool needs the openssl command; install the package openssl"
+        ) from None

@@ -1,0 +1,242 @@
+"""Start, stop and steer a simulated pool that runs as its own process.
+
+The process holds a lock on ``DIR/lock`` as long as it lives: whether a pool runs is never guessed
+from a process number.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from cbtfs import errors
+
+from . import control as controlling, scenarios, server
+from .server import Ports
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""How long a start or a stop may take, in seconds."""
+
+
+def start(
+    directory: Path | str, *, scenario: str = "default", ports: Ports | None = None,
+    address: str = scenarios.FIRST_ADDRESS,
+) -> Mapping[str, object]:  # fmt: skip
+    """Start a pool in the background; return its status once it is usable.
+
+    Args:
+        directory: an empty or absent one gets ``scenario``; otherwise its pool goes on.
+        scenario: ``default``, ``large``, ``huge``, ``speed`` or ``empty``.
+        ports: HTTPS and NBD port; the last ones or free ones if not given.
+        address: of the first host; the others follow it.
+
+    Raises:
+        UsageError: a pool runs there already, or there is no such scenario.
+        CbtfsError: it did not start; no process is left.
+    """
+    place = Path(directory).absolute()
+    scenarios.check(scenario)
+    place.mkdir(parents=True, exist_ok=True)
+    if is_running(place):
+        raise errors.UsageError(f"a simulated pool runs in {place} already")
+    reading, writing = os.pipe()
+    command = [
+        *(sys.executable, "-m", "cbtfs.simulator", str(place), "--scenario", scenario),
+        *("--background", "--ready", str(writing), "--address", address),
+        *(("--https-port", str(ports.https), "--nbd-port", str(ports.nbd)) if ports else ()),
+    ]
+    try:
+        with (place / "log").open("ab") as output:
+            subprocess.run(
+                command, check=True, pass_fds=[writing], stdin=subprocess.DEVNULL,
+                stdout=output, stderr=output,
+            )  # fmt: skip
+        os.close(writing)
+        writing = -1
+        _await_ready(place, reading)
+    except subprocess.CalledProcessError:
+        raise errors.CbtfsError(f"the simulated pool does not start; see {place / 'log'}") from None
+    finally:
+        os.close(reading)
+        if writing >= 0:
+            os.close(writing)
+    return status(place)
+
+
+def run(
+    directory: Path | str, *, scenario: str = "default", ports: Ports | None = None,
+    address: str = scenarios.FIRST_ADDRESS, ready: int = -1,
+) -> None:  # fmt: skip
+    """Run a pool in this process until SIGTERM, SIGINT or `stop`.
+
+    Args:
+        directory: as for `start`.
+        scenario: as for `start`.
+        ports: as for `start`.
+        address: as for `start`.
+        ready: a descriptor told ``ready`` once the pool is usable; closed. -1 for none.
+
+    Raises:
+        UsageError: a pool runs there already.
+        CbtfsError: it cannot start.
+    """
+    place = Path(directory).absolute()
+    place.mkdir(parents=True, exist_ok=True)
+    with _locked(place):
+        simulator = server.open_simulator(place, scenario=scenario, ports=ports, address=address)
+        try:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, lambda *_: simulator.stopping.set())
+            _tell(ready, "ready")
+            while not simulator.stopping.wait(3600):
+                pass
+        finally:
+            simulator.close()
+            (place / controlling.NAME).unlink(missing_ok=True)
+
+
+def stop(directory: Path | str) -> bool:
+    """End the pool of ``directory`` and wait for it; return False if none ran.
+
+    Raises:
+        CbtfsError: it did not end.
+    """
+    place = Path(directory).absolute()
+    if not is_running(place):
+        return False
+    pid = _pid(place)
+    try:
+        controlling.ask(place, "stop")
+    except errors.CbtfsError:
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    if not _gone(place, PATIENCE):
+        raise errors.CbtfsError(f"the simulated pool in {place} (process {pid}) does not end")
+    return True
+
+
+def status(directory: Path | str) -> Mapping[str, object]:
+    """Return what runs in ``directory``: scenario, url, ports, hosts, faults, pid.
+
+    Raises:
+        NotFound: nothing.
+    """
+    place = Path(directory).absolute()
+    told = controlling.ask(place, "status")
+    return {"pid": _pid(place), **(told if isinstance(told, dict) else {})}
+
+
+def set_values(directory: Path | str, values: Mapping[str, str]) -> None:
+    """Set faults of the running pool, such as ``nbd.delay`` to ``2ms``; "" sets one back.
+
+    Raises:
+        UsageError: no such key, or the value does not fit.
+        NotFound: no pool runs there.
+    """
+    controlling.ask(Path(directory), "set", *(f"{key}={value}" for key, value in values.items()))
+
+
+def control(directory: Path | str, command: str, *arguments: str) -> object:
+    """Carry out a command of the simulator, such as ``counters`` or ``failover``.
+
+    Raises:
+        NotFound: no pool runs there.
+        UsageError: no such command.
+        CbtfsError: it failed.
+    """
+    return controlling.ask(Path(directory), command, *arguments)
+
+
+def is_running(directory: Path | str) -> bool:
+    """Return whether a pool runs in ``directory``."""
+    try:
+        with (Path(directory) / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    with (place / "lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise errors.UsageError(f"a simulated pool runs in {place} already") from None
+        (place / "pid").write_text(f"{os.getpid()}\n", encoding="ascii")
+        try:
+            yield
+        finally:
+            (place / "pid").unlink(missing_ok=True)
+
+
+def _pid(place: Path) -> int:
+    try:
+        return int((place / "pid").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
+
+
+def _tell(descriptor: int, text: str) -> None:
+    if descriptor >= 0:
+        with contextlib.suppress(OSError):
+            os.write(descriptor, text.encode())
+        os.close(descriptor)
+
+
+def _await_ready(place: Path, reading: int) -> None:
+    """Wait for the word of the background process; without it, see that it is gone."""
+    try:
+        said = _read_word(reading)
+    except BaseException:
+        _end(place)
+        raise
+    if said == b"ready":
+        return
+    _end(place)
+    reason = said.decode(errors="replace").strip() or f"see {place / 'log'}"
+    raise errors.CbtfsError(f"the simulated pool does not start: {reason}")
+
+
+def _read_word(reading: int) -> bytes:
+    """Return what the background process says before it closes the pipe or `PATIENCE` ends."""
+    said = b""
+    deadline = time.monotonic() + PATIENCE
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([reading], [], [], left)[0]:
+            break
+        piece = os.read(reading, 4096)
+        if not piece:
+            break
+        said += piece
+    return said
+
+
+def _end(place: Path) -> None:
+    pid = _pid(place)
+    if pid and is_running(place):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        _gone(place, 10)
+
+
+def _gone(place: Path, patience: float) -> bool:
+    deadline = time.monotonic() + patience
+    while is_running(place):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True

@@ -1,0 +1,366 @@
+"""Simulator: a pool with all its wires, from the ports to the guests' sockets.
+
+One process, a thread per connection. What a directory holds while it runs::
+
+    cbtfs.toml  ca.pem  password      what a client needs
+    control.sock  pid  lock  log      what `life` needs
+    hosts/  disks/  state.json        certificates, contents, records
+    guest/<vm>/<device>.sock          the guests' disks
+"""
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cbtfs import errors
+
+from . import certificates, control, listener, scenarios
+from .certificates import Subject
+from .faults import Faults
+from .guest import GuestSockets
+from .handlers import Handlers
+from .listener import Listener
+from .pool import HostAddress, SimulatedPool
+from .xapinbd import Identity, NbdCounters, XapiNbd
+from .xapiserver import XapiServer
+
+log = logging.getLogger(__name__)
+
+USER = "root"
+PASSWORD = "simulated"
+
+_TICK = 0.02
+_AUTOSAVE = 5.0
+_NBD_BACKLOG = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The two ports that every host of the pool listens on."""
+
+    https: int
+    nbd: int
+
+
+class _HostServers:
+    """The listeners of one host."""
+
+    def __init__(self, host: HostAddress, xapi: XapiServer, nbd: XapiNbd) -> None:
+        self.host = host
+        self._xapi = xapi
+        self._nbd = nbd
+        self._https_listener: Listener | None = None
+        self._nbd_listeners: list[Listener] = []
+
+    def up(self, ports: Ports, sockets: Sequence[socket.socket] = ()) -> None:
+        """Listen, on sockets reserved before or on new ones."""
+        if self._https_listener is not None:
+            return
+        https, *nbd = sockets or _reserve(self.host, ports)
+        name = self.host.name
+        self._https_listener = Listener(https, self._xapi.serve, name=f"https {name}")
+        self._nbd_listeners = [Listener(one, self._nbd.serve, name=f"nbd {name}") for one in nbd]
+
+    def down(self) -> None:
+        """Stop listening and cut everything, as when the host dies."""
+        listeners = [*self._nbd_listeners, *filter(None, [self._https_listener])]
+        self._https_listener, self._nbd_listeners = None, []
+        for one in listeners:
+            one.stop()
+
+    def drop_nbd(self) -> int:
+        """Cut the NBD connections; return how many."""
+        return sum(one.drop_connections() for one in self._nbd_listeners)
+
+    def drop_https(self) -> int:
+        """Cut the HTTPS connections; return how many."""
+        return self._https_listener.drop_connections() if self._https_listener else 0
+
+
+class Simulator:
+    """A running pool; made by `open_simulator`, ended by `close`.
+
+    Args:
+        pool: loaded or freshly built.
+        scenario: its name, for the status.
+        ports: where every host listens; sockets are reserved in the constructor.
+    """
+
+    def __init__(self, pool: SimulatedPool, *, scenario: str, ports: Ports) -> None:
+        self.stopping = threading.Event()
+        self._pool = pool
+        self._directory = pool.directory
+        self._scenario = scenario
+        self._counters = NbdCounters()
+        self._hosts: dict[str, _HostServers] = {}
+        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            hosts = pool.hosts()
+            identities = _identities(self._directory, pool, hosts)
+            self.ports, reserved = _reserve_all(hosts, ports)
+            pool.https_port, pool.nbd_port = self.ports.https, self.ports.nbd
+            for host in hosts:
+                servers = self._servers(host, identities[host.ref])
+                servers.up(self.ports, reserved[host.ref])
+                stack.callback(servers.down)
+                self._hosts[host.name] = servers
+            self._guests = GuestSockets(self._directory / "guest")
+            stack.callback(self._guests.stop)
+            self._refreshing = threading.Lock()
+            self._refresh()
+            self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+            self._keeper.start()
+            stack.callback(self._keeper.join, 10)
+            stack.callback(self.stopping.set)
+            _write_client_files(self._directory, hosts, self.ports)
+            stack.callback(control.serve(self._directory, self.execute).stop)
+            self._closing = stack.pop_all()
+
+    def close(self) -> None:
+        """Cut everything, save the state; safe to call twice."""
+        self.stopping.set()
+        self._closing.close()
+        self._pool.close()
+
+    def execute(self, command: str, arguments: list[str]) -> object:
+        """Carry out a command of the control socket."""
+        own = self._commands().get(command)
+        if own is not None:
+            return own(arguments)
+        answer = self._pool.control(command, *arguments)
+        if command in {"failover", "restart-xapi"}:
+            for servers in self._hosts.values():
+                servers.drop_https()
+        return answer
+
+    def status(self) -> dict[str, object]:
+        """Return what runs here, as JSON can carry it."""
+        return {
+            "scenario": self._scenario,
+            "url": _url(self._pool.hosts(), self.ports),
+            "https_port": self.ports.https,
+            "nbd_port": self.ports.nbd,
+            "hosts": {
+                host.name: {"address": host.address, "nbd": list(host.nbd_addresses)}
+                for host in self._pool.hosts()
+            },
+            "faults": dict(self._pool.faults.current()),
+        }
+
+    def _commands(self) -> dict[str, Callable[[list[str]], object]]:
+        return {
+            "stop": lambda _: self.stopping.set(),
+            "set": self._set,
+            "status": lambda _: self.status(),
+            "sockets": lambda _: self._refresh(),
+            "counters": lambda _: self._counts(),
+            "drop-nbd": lambda names: sum(s.drop_nbd() for s in self._chosen(names)),
+            "kill-host": self._kill,
+            "revive-host": self._revive,
+        }
+
+    def _set(self, pairs: list[str]) -> None:
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise errors.UsageError(f"write KEY=VALUE, not {pair!r}")
+            self._pool.faults.set(key, value)
+
+    def _kill(self, names: list[str]) -> None:
+        for servers in self._chosen(names):
+            servers.down()
+
+    def _revive(self, names: list[str]) -> None:
+        for servers in self._chosen(names):
+            servers.up(self.ports)
+
+    def _counts(self) -> object:
+        counted = self._pool.control("counters")
+        counts = counted if isinstance(counted, dict) else {}
+        return {**counts, "nbd": self._counters.report()}
+
+    def _chosen(self, names: list[str]) -> list[_HostServers]:
+        unknown = set(names) - set(self._hosts)
+        if unknown:
+            raise errors.UsageError(
+                f"no host {unknown.pop()!r}; there are {', '.join(self._hosts)}"
+            )
+        return [servers for name, servers in self._hosts.items() if name in names or not names]
+
+    def _servers(self, host: HostAddress, identity: Identity) -> _HostServers:
+        xapi = XapiServer(
+            self._pool, host, identity=identity, stopping=self.stopping, counters=self._counters,
+            handlers=Handlers(self._pool, host).table(),
+        )  # fmt: skip
+        nbd = XapiNbd(
+            self._pool, host.ref, identity=identity, stopping=self.stopping,
+            counters=self._counters,
+        )  # fmt: skip
+        return _HostServers(host, xapi, nbd)
+
+    def _refresh(self) -> list[str]:
+        """Bring the guests' sockets up to date; return their paths."""
+        with self._refreshing:
+            self._guests.refresh(self._pool.live_disks())
+            return sorted(str(path) for path in (self._directory / "guest").glob("*/*.sock"))
+
+    def _keep(self) -> None:
+        """Follow the pool's changes: guests' sockets at once, the state file soon."""
+        seen = saved = self._pool.generation()
+        idle = 0.0
+        while not self.stopping.wait(_TICK):
+            idle += _TICK
+            now = self._pool.generation()
+            if now != seen:
+                seen = now
+                self._refresh()
+            if idle >= _AUTOSAVE:
+                idle = 0.0
+                if now != saved:
+                    saved = now
+                    self._pool.save()
+                if not (self._directory / control.NAME).exists():
+                    log.warning("the directory is gone: ending")
+                    self.stopping.set()
+
+
+def open_simulator(
+    directory: Path, *, scenario: str = "default", ports: Ports | None = None,
+    address: str = scenarios.FIRST_ADDRESS,
+) -> Simulator:  # fmt: skip
+    """Build or load the pool of ``directory`` and open all its servers.
+
+    Args:
+        directory: an empty or absent one is filled by ``scenario``; else its state goes on.
+        scenario: a name of `scenarios.SCENARIOS`.
+        ports: those of the last time or free ones if not given.
+        address: of the first host, in 127.0.0.0/8.
+
+    Raises:
+        CbtfsError: a tool is missing, a port is taken, the state is damaged.
+    """
+    (directory / "hosts").mkdir(parents=True, exist_ok=True)
+    known = _remembered(directory)
+    pool = SimulatedPool(directory, faults=Faults())
+    pool.users = {USER: PASSWORD, **dict(getattr(pool, "users", {}))}
+    if pool.load():
+        scenario = str(known.get("scenario", scenario))
+    else:
+        scenarios.build(pool, scenario, address=address)
+        pool.save()
+    last = Ports(_number(known.get("https_port")), _number(known.get("nbd_port")))
+    simulator = Simulator(pool, scenario=scenario, ports=ports or last)
+    remembered = {
+        "scenario": scenario,
+        "https_port": simulator.ports.https,
+        "nbd_port": simulator.ports.nbd,
+    }
+    (directory / "server.json").write_text(json.dumps(remembered) + "\n", encoding="utf-8")
+    return simulator
+
+
+def _remembered(directory: Path) -> dict[str, object]:
+    with contextlib.suppress(OSError, ValueError):
+        remembered: object = json.loads((directory / "server.json").read_text(encoding="utf-8"))
+        if isinstance(remembered, dict):
+            return {str(key): value for key, value in remembered.items()}
+    return {}
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _identities(
+    directory: Path, pool: SimulatedPool, hosts: Sequence[HostAddress]
+) -> dict[str, Identity]:
+    folder = directory / "hosts"
+    subjects = [
+        Subject(f"{host.name}{suffix}", host.hostname, (host.address,))
+        for host in hosts
+        for suffix in ("", ".impostor")
+    ]
+    certificates.ensure(folder, subjects)
+    identities = {}
+    for host in hosts:
+        pem = certificates.certificate_path(folder, host.name).read_text(encoding="ascii")
+        pool.set_certificate(host.ref, pem, subject=host.hostname)
+        identities[host.ref] = Identity(
+            names=(host.name, host.hostname, host.uuid, host.address, *host.nbd_addresses),
+            context=certificates.server_context(folder, host.name),
+            impostor=certificates.server_context(folder, f"{host.name}.impostor"),
+        )
+    return identities
+
+
+def _reserve(host: HostAddress, ports: Ports) -> list[socket.socket]:
+    """Return listening sockets: HTTPS, then NBD on every address of the host."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(listener.listen_tcp(host.address, ports.https))]
+        for address in dict.fromkeys((host.address, *host.nbd_addresses)):
+            one = listener.listen_tcp(address, ports.nbd, backlog=_NBD_BACKLOG)
+            sockets.append(stack.enter_context(one))
+        stack.pop_all()
+        return sockets
+
+
+def _reserve_all(
+    hosts: Sequence[HostAddress], wanted: Ports
+) -> tuple[Ports, dict[str, list[socket.socket]]]:
+    """Reserve the same two ports on all hosts, other ones where the wanted are taken."""
+    for attempt in range(20):
+        ports = wanted if attempt == 0 and wanted.https else _free_ports(hosts[0].address)
+        try:
+            return ports, _reserve_pool(hosts, ports)
+        except OSError as exc:
+            log.info("ports %s: %s", ports, exc)
+    raise errors.CbtfsError(
+        f"no two ports are free on all of {', '.join(host.address for host in hosts)}; "
+        "choose another first address"
+    )
+
+
+def _reserve_pool(hosts: Sequence[HostAddress], ports: Ports) -> dict[str, list[socket.socket]]:
+    reserved: dict[str, list[socket.socket]] = {}
+    with contextlib.ExitStack() as stack:
+        for host in hosts:
+            reserved[host.ref] = _reserve(host, ports)
+            for one in reserved[host.ref]:
+                stack.callback(one.close)
+        stack.pop_all()
+    return reserved
+
+
+def _free_ports(address: str) -> Ports:
+    with listener.listen_tcp(address, 0) as one, listener.listen_tcp(address, 0) as other:
+        return Ports(one.getsockname()[1], other.getsockname()[1])
+
+
+def _url(hosts: Sequence[HostAddress], ports: Ports) -> str:
+    return f"https://{hosts[0].address}:{ports.https}"
+
+
+def _write_client_files(directory: Path, hosts: Sequence[HostAddress], ports: Ports) -> None:
+    folder = directory / "hosts"
+    pems = [certificates.certificate_path(folder, host.name).read_bytes() for host in hosts]
+    (directory / "ca.pem").write_bytes(b"".join(pems))
+    password = directory / "password"
+    password.touch(mode=0o600)
+    password.write_text(PASSWORD + "\n", encoding="ascii")
+    toml = (
+        "# written at each start of the simulated pool\n"
+        f"[pool.sim]\nurl = {_quoted(_url(hosts, ports))}\nuser = {_quoted(USER)}\n"
+        f"password_file = {_quoted(password)}\nca_file = {_quoted(directory / 'ca.pem')}\n\n"
+        f"[store.main]\npath = {_quoted(directory / 'store')}\n"
+    )
+    (directory / "cbtfs.toml").write_text(toml, encoding="utf-8")
+
+
+def _quoted(value: object) -> str:
+    # a JSON string is a TOML basic string as long as DEL is not in it
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
