@@ -26,7 +26,7 @@ from .extents import Extent
 
 REQUEST = units.MiB
 """Bytes asked for at once. On one connection of a serial server with 2 ms a request, 256 KiB gave
-104 MB/s, 1 MiB 300 MB/s and 4 MiB 540 MB/s; 1 MiB keeps memory small while several are in flight."""
+104 MB/s, 1 MiB 300 and 4 MiB 540; 1 MiB keeps memory small while several are in flight."""
 
 DEPTH = 4
 """Requests in flight on each connection."""

@@ -1,0 +1,375 @@
+"""Sync: make a restore point of each VM - the verb that everything else here exists for.
+
+One VM, in the order that makes a kill at any instant harmless::
+
+    lock the VM in the store
+    clear what dead runs left             pool: their snapshots; store: their partial points
+    plan                                  full or incremental, with a reason per disk
+    stage                                 .partial-TIME, with the snapshot's name on disk
+    snapshot, tag                         all disks, one after another (VM.snapshot)
+    per disk: changed blocks, clone, copy, digest        several disks at once
+    metadata, commit                      one rename: now it is a restore point
+    retire the snapshot                   older bases destroyed, the new one keeps metadata only
+
+``list_changed_blocks`` comes before any NBD connection to the same snapshot: xapi refuses it while
+a VBD is attached, and ours in dom0 counts (xen-api, xapi_vdi.ml).
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import trio
+
+from . import (
+    __version__,
+    catalogue,
+    diskcopy,
+    errors,
+    plan as planning,
+    snapshot as snapshots,
+    units,
+)
+from .catalogue import DiskFailure, DiskPoint, Point, VMHistory
+from .diskcopy import Told
+from .inventory import VDI, VM, Inventory, Owned
+from .plan import DiskPlan, Reason, VMPlan
+from .pool import Pool
+from .process import this_process
+from .progress import Progress
+from .snapshot import Naming, Snapshot
+from .store import Intent, Stage, Store
+
+CLEANUP = 60.0
+"""Seconds that tidying up the pool may take after an interruption."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions:
+    """How to sync.
+
+    Attributes:
+        full: copy everything, whatever the pool says has changed.
+        exclude_disks: globs of disk names and devices to leave out.
+        connections_per_disk: NBD connections; the host serves each of them serially.
+    """
+
+    full: bool = False
+    exclude_disks: tuple[str, ...] = ()
+    connections_per_disk: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one VM; ``point`` is None if nothing was committed.
+
+    ``plan`` is None if the run failed before it could plan; ``problems`` are sentences about what
+    was left behind in the pool.
+    """
+
+    vm_uuid: str
+    vm_name: str
+    plan: VMPlan | None = None
+    point: Point | None = None
+    error: errors.CbtfsError | None = None
+    problems: tuple[str, ...] = ()
+
+
+Target = VM | VDI
+"""What a restore point is made of: a VM with its disks, or a disk without VM."""
+
+
+def key_of(target: Target) -> str:
+    """Return the name of the target's directory in the store."""
+    return target.uuid if isinstance(target, VM) else f"vdi-{target.uuid}"
+
+
+def plan(
+    inventory: Inventory, store: Store, targets: Sequence[Target], *, options: SyncOptions
+) -> list[VMPlan]:
+    """Return what ``run`` would do, without changing anything in pool or store."""
+    vms = store.catalogue().vms
+    return [
+        _plan_one(inventory, store, t, history=vms.get(key_of(t)), options=options) for t in targets
+    ]
+
+
+def _plan_one(
+    inventory: Inventory,
+    store: Store,
+    target: Target,
+    *,
+    history: VMHistory | None,
+    options: SyncOptions,
+) -> VMPlan:
+    if isinstance(target, VM):
+        found = planning.plan_vm(
+            inventory,
+            target,
+            history,
+            store=store.uuid,
+            full=options.full,
+            exclude=options.exclude_disks,
+        )
+    else:
+        found = planning.plan_vdi(inventory, target, history, store=store.uuid, full=options.full)
+    disks = tuple(_without_damage(store, found.vm_uuid, disk) for disk in found.disks)
+    return replace(found, disks=disks)
+
+
+def _without_damage(store: Store, key: str, disk: DiskPlan) -> DiskPlan:
+    """Return ``disk``, in full if its base was found damaged."""
+    if disk.base is None or disk.device not in store.damaged(key, disk.base.time):
+        return disk
+    detail = f"verify found damage in {disk.base.time}"
+    return planning.fall_back(disk, reason=Reason.BASE_DAMAGED, detail=detail)
+
+
+async def run(
+    pool: Pool,
+    store: Store,
+    targets: Sequence[Target],
+    *,
+    inventory: Inventory,
+    progress: Progress,
+    options: SyncOptions,
+) -> list[Outcome]:
+    """Make a restore point of each target, one after another; a failure stops only its own VM.
+
+    If cancelled, the pool is tidied up (at most ``CLEANUP`` seconds) and nothing half-written is
+    left in the store.
+    """
+    outcomes: list[Outcome] = []
+    hopeless: errors.CbtfsError | None = None
+    for target in targets:
+        if hopeless is None:
+            outcome = await _VMRun(pool, store, target, progress, options).run(inventory)
+        else:
+            outcome = Outcome(key_of(target), target.name, error=hopeless)
+        outcomes.append(outcome)
+        if isinstance(outcome.error, errors.AuthenticationFailed | errors.PoolUnreachable):
+            hopeless = outcome.error  # another try would only be refused, or wait, again
+    return outcomes
+
+
+class _VMRun:
+    """One VM on its way to a restore point."""
+
+    def __init__(
+        self, pool: Pool, store: Store, target: Target, progress: Progress, options: SyncOptions
+    ) -> None:
+        self._pool = pool
+        self._store = store
+        self._target = target
+        self._key = key_of(target)
+        self._progress = progress
+        self._options = options
+        self._problems: list[str] = []
+
+    async def run(self, inventory: Inventory) -> Outcome:
+        """Return the outcome; only a cancellation leaves as an exception."""
+        outcome = Outcome(self._key, self._target.name)
+        try:
+            with self._store.lock(self._key):
+                return await self._locked(inventory, outcome)
+        except errors.CbtfsError as exc:
+            return replace(outcome, error=exc, problems=tuple(self._problems))
+
+    async def _locked(self, inventory: Inventory, outcome: Outcome) -> Outcome:
+        leftovers = [left.intent for left in self._store.leftovers(self._key)]
+        names = [intent.snapshot_name for intent in leftovers if intent is not None]
+        await self._clear(inventory, names)
+        history = self._store.catalogue().vms.get(self._key)
+        plan = _plan_one(
+            inventory, self._store, self._target, history=history, options=self._options
+        )
+        outcome = replace(outcome, plan=plan)
+        if not plan.disks:
+            raise errors.UsageError(f"{plan.vm_name} has no disk that can be synced")
+        await self._pool.check_nbd()
+        self._check_space(inventory, plan)
+        for disk in plan.disks:
+            if disk.enable_cbt:
+                await self._pool.enable_cbt(disk.vdi_ref)
+        point = await self._make(plan, history, earlier=names)
+        return replace(outcome, point=point, problems=tuple(self._problems))
+
+    async def _clear(self, inventory: Inventory, names: Sequence[str]) -> None:
+        """Remove what dead runs of this VM left; we hold its lock, so none of them is alive."""
+        for name in names:
+            await self._pool.destroy_run_leftovers(self._target.ref, name)
+        for leftover in self._store.leftovers(self._key):
+            await trio.to_thread.run_sync(self._store.abandon, leftover)
+        if isinstance(self._target, VM):
+            self._problems += await snapshots.clear_vms(
+                self._pool, inventory, self._target, self._store.uuid
+            )
+
+    def _check_space(self, inventory: Inventory, plan: VMPlan) -> None:
+        """Refuse early what cannot fit.
+
+        Raises:
+            StoreFull: the full copies need more than is free.
+        """
+        found = [inventory.find_vdi(d.vdi_uuid) for d in plan.disks if d.method == "full"]
+        needed = sum(min(vdi.used, vdi.size) for vdi in found if vdi is not None)
+        free = self._store.free_space()
+        if needed > free:
+            raise errors.StoreFull(
+                f"{plan.vm_name} needs about {units.format_size(needed)} and {self._store.path}"
+                f" has {units.format_size(free)} free; remove restore points or enlarge it"
+            )
+
+    # ── From snapshot to commit ──────────────────────────────────────────────────────────────
+
+    async def _make(
+        self, plan: VMPlan, history: VMHistory | None, *, earlier: Sequence[str]
+    ) -> Point:
+        started = datetime.now(UTC)
+        time = _next_time(history, started)
+        naming = _naming(time, self._store.uuid)
+        with self._store.stage(self._key, time=time) as stage:
+            stage.record(_intent(plan, naming))
+            try:
+                snapshot = await snapshots.take(self._pool, plan, naming)
+                for name in earlier:
+                    # a run killed within VM.snapshot: the pool finished it only before ours
+                    await self._pool.destroy_run_leftovers(self._target.ref, name)
+                point = await self._fill(plan, snapshot, stage, started=started)
+            except BaseException:
+                await self._tidy(stage, naming)
+                raise
+            self._problems += stage.commit(point)
+        self._problems += await snapshots.retire(
+            self._pool,
+            snapshot,
+            committed=[disk.device for disk in point.disks],
+            history=history,
+            store_uuid=self._store.uuid,
+        )
+        return point
+
+    async def _fill(
+        self, plan: VMPlan, snapshot: Snapshot, stage: Stage, *, started: datetime
+    ) -> Point:
+        """Copy all disks into ``stage``; return the point that they make.
+
+        Raises:
+            CbtfsError: the only disk failed, or all did.
+        """
+        done: dict[str, DiskPoint] = {}
+        failed: dict[str, errors.CbtfsError] = {}
+
+        async def one(disk: DiskPlan) -> None:
+            key = f"{plan.vm_name}/{disk.device}"
+            try:
+                vdi = _vdi_of(snapshot, disk)
+                done[disk.device] = await diskcopy.copy_disk(
+                    self._pool,
+                    stage,
+                    disk,
+                    vdi,
+                    connections=self._options.connections_per_disk,
+                    told=Told(self._progress, key),
+                )
+                self._progress.disk_finished(key, done[disk.device])
+            except errors.CbtfsError as exc:
+                failed[disk.device] = exc
+                self._progress.disk_finished(key, None, str(exc))
+
+        async with trio.open_nursery() as nursery:
+            for disk in plan.disks:
+                nursery.start_soon(one, disk)
+        if not done:
+            raise next(iter(failed.values()))
+        warnings = await self._metadata(stage)
+        return Point(
+            tool=__version__,
+            time=stage.time,
+            vm_uuid=self._key,
+            vm_name=plan.vm_name,
+            pool_uuid=snapshot.inventory.pool.uuid,
+            snapshot_vm_uuid=snapshot.vm.uuid if snapshot.vm else "",
+            disks=tuple(done[d.device] for d in plan.disks if d.device in done),
+            started=started.isoformat(timespec="seconds"),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            state="partial" if failed else "complete",
+            failures=tuple(
+                DiskFailure(device=d.device, vdi_uuid=d.vdi_uuid, error=str(failed[d.device]))
+                for d in plan.disks
+                if d.device in failed
+            ),
+            warnings=tuple(warnings),
+        )
+
+    async def _metadata(self, stage: Stage) -> list[str]:
+        """Add what xapi needs to recreate the VM; without it the images are still good."""
+        if not isinstance(self._target, VM):
+            return []
+        try:
+            stage.write_metadata("vm.xml", await self._pool.export_metadata(self._target.uuid))
+        except errors.PoolError as exc:
+            return [f"the VM's metadata could not be saved: {exc}"]
+        return []
+
+    async def _tidy(self, stage: Stage, naming: Naming) -> None:
+        """Take back an unfinished point: the snapshot in the pool, then the files."""
+        with trio.move_on_after(CLEANUP, shield=True):
+            try:
+                await self._pool.destroy_run_leftovers(self._target.ref, naming.name)
+            except errors.CbtfsError as exc:
+                # the partial point stays, and with it the name: the next run tries again
+                self._problems.append(f"{exc}; the next sync of this VM tries again")
+                return
+            stage.close()
+            for leftover in self._store.leftovers(self._key):
+                self._store.abandon(leftover)
+
+
+def _vdi_of(snapshot: Snapshot, disk: DiskPlan) -> VDI:
+    vdi = snapshot.disks.get(disk.device)
+    if vdi is None:
+        raise errors.PoolError(
+            f"disk {disk.device} was detached as the snapshot was taken; run sync again"
+        )
+    return vdi
+
+
+def _next_time(history: VMHistory | None, now: datetime) -> str:
+    """Return the name of a new point: now, but later than every point there is.
+
+    A clock that was set back, or two runs in one second, must not break the order of points.
+    """
+    latest = history.latest if history else None
+    if latest is not None:
+        now = max(now, catalogue.parse_time(latest.time) + timedelta(seconds=1))
+    return catalogue.format_time(now)
+
+
+def _naming(time: str, store_uuid: str) -> Naming:
+    me = this_process()
+    owner = Owned(
+        self_uuid="",
+        role="base",
+        store=store_uuid,
+        point=time,
+        host=me.host,
+        pid=me.pid,
+        boot=me.boot,
+        starttime=me.starttime,
+    )
+    return Naming(f"cbtfs {time} {secrets.token_hex(8)}", owner)
+
+
+def _intent(plan: VMPlan, naming: Naming) -> Intent:
+    owner = naming.owner
+    return Intent(
+        time=owner.point,
+        run=naming.name.rpartition(" ")[2],
+        snapshot_name=naming.name,
+        vm_uuid=plan.vm_uuid,
+        pid=owner.pid,
+        host=owner.host,
+        boot=owner.boot,
+    )
