@@ -88,7 +88,7 @@ class Copier:
     Args:
         connect: opens one more connection to the disk.
         image: where the bytes go.
-        connections: how many connections to use; only the first must succeed.
+        connections: how many connections to use; one must succeed.
         advanced: called after each piece with the bytes read and written.
     """
 
@@ -105,6 +105,7 @@ class Copier:
         self._image = image
         self._connections = connections
         self._advanced = advanced
+        self._serving = 0
         self._error: errors.CbtfsError | None = None
 
     async def copy(self, wanted: Iterable[Extent]) -> Tally:
@@ -115,36 +116,45 @@ class Copier:
             ExportError, AuthenticationFailed, StoreError: as the connection and the image say.
         """
         pieces = _Pieces(wanted)
-        # Once is enough unless an extra connection was lost after the others had finished.
+        # Once is enough unless a connection was lost after the others had finished.
         while self._error is None and pieces.remain():
+            self._serving = self._connections
             async with trio.open_nursery() as nursery:
-                for index in range(self._connections):
-                    nursery.start_soon(self._serve, pieces, index == 0, nursery.cancel_scope)
+                for _ in range(self._connections):
+                    nursery.start_soon(self._serve, pieces, nursery.cancel_scope)
         if self._error is not None:
             raise self._error
         return self.tally
 
-    async def _serve(self, pieces: _Pieces, needed: bool, everyone: trio.CancelScope) -> None:
-        """Copy pieces over one connection, reconnecting while that gets further."""
+    async def _serve(self, pieces: _Pieces, everyone: trio.CancelScope) -> None:
+        """Copy pieces over one connection; the last one left reconnects while that gets further."""
         attempts = 0
-        while attempts < ATTEMPTS:
+        while attempts < ATTEMPTS and self._error is None:
             before = self.tally.pieces
+            failure: errors.CbtfsError | None
             try:
                 async with self._connect() as export:
-                    lost = await self._drain(pieces, export, everyone)
-            except errors.ExportLost as exc:
-                lost = exc
+                    failure = await self._drain(pieces, export, everyone)
             except errors.CbtfsError as exc:
-                if needed or isinstance(exc, errors.AuthenticationFailed):
-                    self._fail(exc, everyone)
-                return
-            if lost is None:
-                return
-            if not needed:
-                return
+                failure = exc
             attempts = 0 if self.tally.pieces > before else attempts + 1
-            if attempts == ATTEMPTS:
-                self._fail(lost, everyone)
+            if failure is None or not self._may_retry(failure, attempts, everyone):
+                break
+        self._serving -= 1
+
+    def _may_retry(
+        self, failure: errors.CbtfsError, attempts: int, everyone: trio.CancelScope
+    ) -> bool:
+        """Tell whether to connect again; if nobody is left to copy, that was the end."""
+        if isinstance(failure, errors.AuthenticationFailed):
+            self._fail(failure, everyone)
+            return False
+        if self._serving > 1:
+            return False  # the others take over what this connection had
+        if isinstance(failure, errors.ExportLost) and attempts < ATTEMPTS:
+            return True
+        self._fail(failure, everyone)
+        return False
 
     async def _drain(
         self, pieces: _Pieces, export: Source, everyone: trio.CancelScope
