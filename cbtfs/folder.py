@@ -150,29 +150,6 @@ class Folder:
 
         The caller holds a lock that keeps other writers of the same name away.
         """
-        self._write_new(name, content)
-        with told("write", self.path / name):
-            os.rename(f"{name}.new", name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            os.fsync(self.fd)
-
-    def write_once(self, name: str, content: bytes) -> bool:
-        """Put ``content`` under ``name``, whole and on disk, unless something is there already.
-
-        Returns:
-            Whether it was written.
-        """
-        self._write_new(name, content)
-        with told("write", self.path / name):
-            try:
-                os.link(f"{name}.new", name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            except FileExistsError:
-                return False
-            finally:
-                os.unlink(f"{name}.new", dir_fd=self.fd)
-            os.fsync(self.fd)
-        return True
-
-    def _write_new(self, name: str, content: bytes) -> None:
         # one fixed temporary name: a killed run leaves at most this one, and the next reuses it
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         with told("write", self._checked(name)):
@@ -182,6 +159,8 @@ class Folder:
                 while view:
                     view = view[file.write(view) :]
                 os.fsync(fd)
+            os.rename(f"{name}.new", name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            os.fsync(self.fd)
 
     def names(self) -> list[str]:
         """Return the names in this directory, sorted."""

@@ -62,6 +62,7 @@ class Image:
         path: where it is, for messages.
         size: of the disk in bytes.
         origin: how it began.
+        root: the digest root once ``finish`` is done; "" before, and after another write.
 
     Any number of threads may call ``write`` and ``zero``; the rest is for one of them alone.
     """
@@ -72,6 +73,8 @@ class Image:
         self.path = files.path
         self.size = size
         self.origin = origin
+        self.root = ""
+        self._files = files
         self._fd, self._digest_fd = fds
         self._writeback = sparse.Writeback(self._fd)
 
@@ -83,7 +86,7 @@ class Image:
             StoreError: a file of that name exists, or it cannot be made.
         """
         image = cls(files, size=size, origin="new", fds=_new_files(files))
-        with told("create", image.path), image._closed_on_error():
+        with told("create", image.path), image._removed_on_error():
             os.ftruncate(image._fd, size)
             os.ftruncate(image._digest_fd, digests.array_length(size))
         return image
@@ -118,7 +121,7 @@ class Image:
             raise errors.StoreError(f"{files.path} cannot be smaller than its base {base.path}")
         with _opened(base, size=base_size) as sources:
             image = cls(files, size=size, origin="reflink", fds=_new_files(files))
-            with told("create", image.path), image._closed_on_error():
+            with told("create", image.path), image._removed_on_error():
                 image._take(sources, base_size=base_size, copied=copied)
                 image._grow(base_size)
         return image
@@ -155,6 +158,7 @@ class Image:
         self._check_range(offset, len(view))
         if not view:
             return 0
+        self.root = ""
         found = digests.of_blocks(view)
         written = 0
         with told("write", self.path):
@@ -172,6 +176,7 @@ class Image:
         """Make ``length`` bytes at ``offset`` zero without storing any; ranges as for ``write``."""
         self._check_range(offset, length)
         first = offset // digests.BLOCK * digests.LENGTH
+        self.root = ""
         with told("write", self.path):
             if length:
                 sparse.punch(self._fd, offset, length)
@@ -180,7 +185,7 @@ class Image:
     def finish(self) -> str:
         """Bring everything to disk, then return the digest root.
 
-        Nothing may be written afterwards. The folder is the caller's to sync.
+        The folder is the caller's to sync.
 
         Raises:
             StoreFull, StoreError: not everything could be written; the image is not usable.
@@ -189,7 +194,8 @@ class Image:
             self._writeback.drain()
             os.fsync(self._fd)
             os.fsync(self._digest_fd)
-            return digest_root(self._digest_fd)
+            self.root = digest_root(self._digest_fd)
+        return self.root
 
     def close(self) -> None:
         """Close the files, whatever their state; a second call does nothing."""
@@ -199,11 +205,13 @@ class Image:
                 os.close(fd)
 
     @contextmanager
-    def _closed_on_error(self) -> Iterator[None]:
+    def _removed_on_error(self) -> Iterator[None]:
         try:
             yield
         except BaseException:
             self.close()
+            self._files.folder.remove(self._files.name)
+            self._files.folder.remove(self._files.digests)
             raise
 
     def _check_range(self, offset: int, length: int) -> None:
@@ -296,6 +304,17 @@ def reflink_supported(path: Path) -> bool:
         return _reflink(first.fileno(), second.fileno())
 
 
+def flaw(files: ImageFiles, *, size: int) -> str:
+    """Return what is wrong at first sight with an image of a disk of ``size`` bytes, or ""."""
+    for name, expected in ((files.name, size), (files.digests, digests.array_length(size))):
+        found = files.folder.size(name)
+        if found < 0:
+            return f"{name} is missing"
+        if found != expected:
+            return f"{name} has {found} bytes instead of {expected}"
+    return ""
+
+
 def _new_files(files: ImageFiles) -> tuple[int, int]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     fd = files.folder.open_file(files.name, flags=flags)
@@ -308,19 +327,13 @@ def _new_files(files: ImageFiles) -> tuple[int, int]:
 
 @contextmanager
 def _opened(base: ImageFiles, *, size: int) -> Iterator[tuple[int, int]]:
-    expected = ((base.name, size), (base.digests, digests.array_length(size)))
+    problem = flaw(base, size=size)
+    if problem:
+        raise errors.ImageDamaged(f"{base.folder.path} is no base for a copy: {problem}")
     with ExitStack() as stack:
-        fds: list[int] = []
-        for name, length in expected:
-            found = base.folder.size(name)
-            if found != length:
-                raise errors.ImageDamaged(
-                    f"{base.folder.path / name} has {found} bytes instead of {length}"
-                    if found >= 0
-                    else f"{base.folder.path / name} is missing; the disk needs a full copy"
-                )
-            fds.append(base.folder.open_file(name))
-            stack.callback(os.close, fds[-1])
+        fds = [base.folder.open_file(name) for name in (base.name, base.digests)]
+        for fd in fds:
+            stack.callback(os.close, fd)
         yield fds[0], fds[1]
 
 

@@ -1,38 +1,71 @@
-"""Store: a directory of restore points – lock, stage, commit, list, verify."""
+"""Store: a directory of restore points, one folder per VM: lock, stage, list, verify.
 
+::
+
+    STORE/
+    ├── cbtfs.json                       format version, uuid, created, tool version
+    ├── by-name/ web1 -> ../VM-UUID
+    └── VM-UUID/                         of a disk without VM: vdi-UUID/
+        ├── 20261122T020000Z/            a restore point (see stage.py how it appears)
+        │   ├── point.json  vm.xml  xvda.raw  xvda.b3
+        │   └── damaged.json             only if verify found damage
+        ├── latest -> 20261122T020000Z
+        ├── .lock                        held by whoever works on this VM
+        └── .partial-20261122T020000Z/   work in progress, or what is left of it
+
+Rules of this file:
+
+1. A store is hostile input: what is not as it should be is left alone, told in ``problems``, and
+   never followed out of the store.
+2. Points are written under their VM's lock; links and records of damage under the store's.
+3. A store on a read-only file system can be listed and verified.
+"""
+
+import os
+import re
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
-from .catalogue import Catalogue, DiskPoint, Point, Reference
+from . import __version__, catalogue, damage, errors, image, lock, stage as stages, tree
+from .catalogue import Catalogue, DiskPoint, Point, Reference, VMHistory
 from .damage import Damage
-from .image import Image
+from .folder import FOLDER_MODE, Folder, told
+from .image import ImageFiles
+from .stage import Intent, Leftover, Stage, file_names
+
+__all__ = [
+    "DiskResult",
+    "Intent",
+    "Leftover",
+    "Stage",
+    "Store",
+    "VerifyResult",
+    "file_names",
+    "open_store",
+]
+
+FORMAT = 1
+"""Version of the layout; raised only when an older cbtfs could do harm to a newer store."""
+
+_MARKER = "cbtfs.json"
+_NAMES = "by-name"
+_UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_VM_FOLDER = re.compile(f"(?:vdi-)?{_UUID}")
+_OUR_LINK = re.compile(rf"\.\./((?:vdi-)?{_UUID})")
+_NEW_STORE_MAY_HAVE = {lock.NAME, f"{_MARKER}.new", "lost+found"}
 
 
-class Intent(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run is about to do, on disk before it changes anything in the pool."""
-
-    time: str
-    run: str
-    snapshot_name: str
-    vm_uuid: str
-    pool_uuid: str = ""
-    pid: int = 0
-    host: str = ""
-    boot: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """A partial point that no running process owns; ``intent`` is None if none was recorded."""
-
-    vm_uuid: str
-    time: str
-    path: Path
-    intent: Intent | None
+class _Marker(msgspec.Struct, frozen=True, kw_only=True):
+    format: int
+    uuid: str
+    created: str
+    tool: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,109 +78,309 @@ class DiskResult:
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What ``verify`` found in one point."""
+    """What ``verify`` found in one point; ``warnings`` say what could not be recorded."""
 
     point: Point
     disks: tuple[DiskResult, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def damaged(self) -> bool:
+        """Whether any disk is damaged."""
+        return any(result.damage.found for result in self.disks)
 
 
-class Stage(AbstractContextManager["Stage"]):
-    """A restore point in the making: ``.partial-TIME`` until ``commit`` renames it."""
+@contextmanager
+def open_store(path: Path, *, create: bool = True) -> Iterator["Store"]:
+    """Open the store at ``path``; one is made there if ``create`` and the directory is empty.
 
-    path: Path
-    time: str
-    vm_uuid: str
+    Only the directory itself is made, not its parents: a missing parent is more often a file
+    system that is not mounted than a wish.
 
-    def record(self, intent: Intent) -> None:
-        """Put ``intent`` on disk."""
-        raise NotImplementedError
+    Raises:
+        StoreError: there is none, or it is of a newer format.
+    """
+    if create:
+        with told("create the store", path), suppress(FileExistsError):
+            path.mkdir(mode=FOLDER_MODE)
+    with Folder.open(path) as folder:
+        if create and not folder.exists(_MARKER):
+            _initialise(folder)
+        yield Store(folder, _read_marker(folder).uuid)
 
-    def new_image(self, file: str, *, size: int) -> Image:
-        """Make an empty image."""
-        raise NotImplementedError
 
-    def cloned_image(
-        self,
-        file: str,
-        *,
-        base_time: str,
-        base: DiskPoint,
-        size: int,
-        copied: Callable[[int], None] | None = None,
-    ) -> Image:
-        """Make an image that begins as disk ``base`` of the point ``base_time`` of the same VM."""
-        raise NotImplementedError
+def _initialise(folder: Folder) -> None:
+    with lock.held(folder, wait=True):
+        names = set(folder.names())
+        if _MARKER in names:
+            return  # another process was quicker
+        if not names <= _NEW_STORE_MAY_HAVE:
+            raise errors.StoreError(
+                f"{folder.path} is no store and not empty; name an empty directory"
+            )
+        marker = _Marker(
+            format=FORMAT, uuid=str(uuid.uuid4()), created=_now(), tool=f"cbtfs {__version__}"
+        )
+        folder.write(_MARKER, msgspec.json.format(msgspec.json.encode(marker)) + b"\n")
 
-    def write_metadata(self, name: str, content: bytes) -> None:
-        """Add a small file such as ``vm.xml``."""
-        raise NotImplementedError
 
-    def commit(self, point: Point) -> tuple[str, ...]:
-        """Make this the restore point ``point``; return warnings about links."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Close all files; the partial point stays for ``leftovers``."""
-        raise NotImplementedError
+def _read_marker(folder: Folder) -> _Marker:
+    if not folder.exists(_MARKER):
+        raise errors.StoreError(
+            f"{folder.path} is no store: it has no {_MARKER}; the first 'cbtfs sync' makes one"
+        )
+    try:
+        marker = msgspec.json.decode(folder.read(_MARKER), type=_Marker)
+    except (ValueError, RecursionError) as exc:
+        raise errors.StoreError(f"{folder.path / _MARKER} cannot be read: {exc}") from None
+    if marker.format != FORMAT:
+        raise errors.StoreError(
+            f"{folder.path} has format {marker.format}, this cbtfs knows {FORMAT}; use a newer one"
+        )
+    return marker
 
 
 class Store:
-    """An open store."""
+    """An open store; made by ``open_store``.
 
-    path: Path
-    uuid: str
-    problems: tuple[str, ...]
+    Everything blocks. Different threads may work on different VMs, or read.
+
+    Attributes:
+        path: of its directory.
+        uuid: its identity, which tags in the pool name.
+        problems: sentences about what the last ``catalogue`` found amiss.
+    """
+
+    def __init__(self, folder: Folder, identity: str) -> None:
+        self.path = folder.path
+        self.uuid = identity
+        self.problems: tuple[str, ...] = ()
+        self._folder = folder
+        self._staged: set[tuple[str, str]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Store {self.path}>"
+
+    # ── Reading ──────────────────────────────────────────────────────────────────────────────
 
     def catalogue(self) -> Catalogue:
-        """Read all points; what cannot be read is told in ``problems``."""
-        raise NotImplementedError
+        """Read all restore points; what cannot be read is left out, and told in ``problems``.
 
-    def lock(self, vm_uuid: str) -> AbstractContextManager[None]:
-        """Hold the VM's lock."""
-        raise NotImplementedError
+        Raises:
+            StoreError: the store's own directory cannot be read.
+        """
+        problems: list[str] = []
+        histories: dict[str, VMHistory] = {}
+        for name in self._folder.names():
+            if _VM_FOLDER.fullmatch(name):
+                points = self._read_vm(name, problems)
+                if points:
+                    histories[name] = catalogue.history_of(name, points)
+        self.problems = tuple(problems)
+        return Catalogue(histories)
 
-    def stage(self, vm_uuid: str, *, time: str) -> Stage:
-        """Begin a restore point; the caller holds the lock."""
-        raise NotImplementedError
-
-    def leftovers(self, vm_uuid: str) -> list[Leftover]:
-        """Return the partial points of dead runs; the caller holds the lock."""
-        raise NotImplementedError
-
-    def abandon(self, leftover: Leftover) -> None:
-        """Remove a partial point; the caller holds the lock."""
-        raise NotImplementedError
+    def _read_vm(self, vm_uuid: str, problems: list[str]) -> list[Point]:
+        points: list[Point] = []
+        with ExitStack() as stack:
+            try:
+                vm = stack.enter_context(self._folder.folder(vm_uuid))
+                times = [name for name in vm.names() if catalogue.is_time(name)]
+            except errors.StoreError as exc:
+                problems.append(f"{self.path / vm_uuid} is not listed: {exc}")
+                return []
+            for time in times:
+                try:
+                    points.append(_read_point(vm, time, vm_uuid=vm_uuid))
+                except errors.StoreError as exc:
+                    problems.append(f"{vm.path / time} is not listed: {exc}")
+        return points
 
     def damaged(self, vm_uuid: str, time: str) -> frozenset[str]:
-        """Return the devices of a point that ``verify`` found damaged."""
-        raise NotImplementedError
+        """Return the devices of a point that ``verify`` found damaged; none may be a base."""
+        with self._vm(vm_uuid) as vm, vm.folder(time) as point:
+            found = damage.recorded(point)
+            if damage.UNREADABLE not in found:
+                return found
+            return frozenset(d.device for d in _read_point(vm, time, vm_uuid=vm_uuid).disks)
+
+    def point_path(self, vm_uuid: str, time: str) -> Path:
+        """Return the directory of a point."""
+        return self.path / vm_uuid / time
+
+    def free_space(self) -> int:
+        """Return the bytes that this user can still write to the store's file system."""
+        with told("look at", self.path):
+            info = os.fstatvfs(self._folder.fd)
+        return info.f_bavail * info.f_frsize
+
+    def reflink_supported(self) -> bool:
+        """Tell whether files in this store can share extents, by trying it.
+
+        Raises:
+            StoreError: nothing can be written here.
+        """
+        return image.reflink_supported(self.path)
+
+    # ── Writing ──────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def lock(self, vm_uuid: str) -> Iterator[None]:
+        """Hold the lock of a VM; its folder is made if need be.
+
+        The kernel releases it when the process ends, however it ends.
+
+        Raises:
+            StoreLocked: another run has it; the text says who.
+        """
+        known = self._folder.exists(vm_uuid)
+        with self._vm(vm_uuid, create=True) as vm:
+            if not known:
+                self._folder.sync()
+            with lock.held(vm, wait=False):
+                yield
+
+    def stage(self, vm_uuid: str, *, time: str) -> Stage:
+        """Begin the restore point ``time``; the caller holds the VM's lock, and closes the stage.
+
+        Raises:
+            StoreError: there is such a point already, or a leftover of one.
+        """
+        if not catalogue.is_time(time):
+            raise errors.StoreError(f"{time!r} cannot be the name of a restore point")
+        with ExitStack() as stack:
+            vm = stack.enter_context(self._vm(vm_uuid))
+            if vm.exists(time):
+                raise errors.StoreError(f"cannot create {vm.path / time}: it exists already")
+            stage = Stage(
+                vm,
+                vm_uuid=vm_uuid,
+                time=time,
+                ended=lambda: self._staged.discard((vm_uuid, time)),
+                committed=self._update_names,
+            )
+            self._staged.add((vm_uuid, time))
+            stack.pop_all()
+        return stage
+
+    def leftovers(self, vm_uuid: str) -> list[Leftover]:
+        """Return the partial points of ended runs, oldest first; the caller holds the VM's lock.
+
+        Stages of this store object that are still open are not among them.
+        """
+        if not self._folder.exists(vm_uuid):
+            return []
+        found: list[Leftover] = []
+        with self._vm(vm_uuid) as vm:
+            for name in vm.names():
+                time = stages.partial_time(name)
+                if time and (vm_uuid, time) not in self._staged:
+                    intent = stages.read_intent(vm, name)
+                    found.append(Leftover(vm_uuid, time, vm.path / name, intent))
+        return found
+
+    def abandon(self, leftover: Leftover) -> None:
+        """Remove a partial point; the caller holds the VM's lock and has tidied up the pool.
+
+        Raises:
+            StoreError: it cannot be removed.
+        """
+        name = stages.partial_name(leftover.time)
+        with self._vm(leftover.vm_uuid) as vm:
+            if vm.is_folder(name):
+                vm.remove_folder(name)
+            else:
+                vm.remove(name)
 
     def verify(
         self, reference: Reference, *, advanced: Callable[[int], None] | None = None
     ) -> VerifyResult:
-        """Compare the images of a point with their digests, and record damage."""
-        raise NotImplementedError
+        """Compare images with their digests, and record in the point what is damaged.
 
-    def point_path(self, vm_uuid: str, time: str) -> Path:
-        """Return the directory of a point."""
-        raise NotImplementedError
+        A disk with damage on record that is found whole again loses the record.
 
-    def free_space(self) -> int:
-        """Return the bytes that can still be written."""
-        raise NotImplementedError
+        Args:
+            reference: a point, or one disk of it.
+            advanced: called with the bytes checked since the last call, up to the disks' sizes.
 
-    def reflink_supported(self) -> bool:
-        """Tell whether files in this store can share extents."""
-        raise NotImplementedError
+        Raises:
+            StoreError: the point cannot be read.
+        """
+        point, vm_uuid = reference.point, reference.history.uuid
+        disks = (reference.disk,) if reference.disk else point.disks
+        results: list[DiskResult] = []
+        warnings: list[str] = []
+        with self._vm(vm_uuid) as vm, vm.folder(point.time) as folder:
+            for disk in disks:
+                files = ImageFiles(folder, disk.file, disk.digests)
+                found = damage.find(files, size=disk.size, root=disk.digest_root, advanced=advanced)
+                results.append(DiskResult(disk, found))
+                try:
+                    self._record_damage(folder, disk.device, found)
+                except errors.StoreError as exc:
+                    warnings.append(f"the result for {disk.device} is not on record: {exc}")
+        return VerifyResult(point, tuple(results), tuple(warnings))
+
+    def _record_damage(self, point: Folder, device: str, found: Damage) -> None:
+        if found.found or damage.recorded(point):
+            with lock.held(self._folder, wait=True):
+                damage.record(point, device, found, now=_now())
+
+    def _vm(self, vm_uuid: str, *, create: bool = False) -> Folder:
+        if not _VM_FOLDER.fullmatch(vm_uuid):
+            raise errors.StoreError(f"{vm_uuid!r} is no uuid, so {self.path} can have no such VM")
+        return self._folder.folder(vm_uuid, create=create)
+
+    # ── Names ────────────────────────────────────────────────────────────────────────────────
+
+    def _update_names(self, point: Point) -> tuple[str, ...]:
+        """Make ``by-name`` show the VM of ``point``; return what went wrong."""
+        try:
+            with (
+                lock.held(self._folder, wait=True),
+                self._folder.folder(_NAMES, create=True) as names,
+            ):
+                plain = tree.safe_names([(point.vm_uuid, point.vm_name)])[point.vm_uuid]
+                if names.link_target(plain) == f"../{point.vm_uuid}":
+                    return ()
+                return self._rebuild_names(names)
+        except errors.StoreError as exc:
+            return (str(exc),)
+
+    def _rebuild_names(self, names: Folder) -> tuple[str, ...]:
+        # a new name can make another VM's name ambiguous, so all of them are looked at
+        pairs = [(vm.uuid, vm.name) for vm in self.catalogue().vms.values()]
+        wanted = {name: f"../{key}" for key, name in tree.safe_names(pairs).items()}
+        warnings: list[str] = []
+        for name in names.names():
+            target = names.link_target(name)
+            if target is not None and _OUR_LINK.fullmatch(target) and name not in wanted:
+                names.remove(name)
+        for name, target in wanted.items():
+            present = names.link_target(name)
+            if present is None and names.exists(name):
+                warnings.append(f"{names.path / name} is in the way of a link to {target}")
+            elif present != target:
+                names.link(name, target)
+        return tuple(warnings)
 
 
-@contextmanager
-def open_store(path: Path, *, create: bool = True) -> Iterator[Store]:
-    """Open the store at ``path``."""
-    raise NotImplementedError
-    yield Store()
+def _read_point(vm: Folder, time: str, *, vm_uuid: str) -> Point:
+    """Return the point ``time``, once it is sure that its files are there.
+
+    Raises:
+        StoreError: it is not a complete point.
+    """
+    with vm.folder(time) as folder:
+        point = catalogue.decode(folder.read(stages.POINT))
+        if (point.time, point.vm_uuid) != (time, vm_uuid):
+            raise errors.StoreError(f"its {stages.POINT} is of another point, {point.time}")
+        for disk in point.disks:
+            files = ImageFiles(folder, disk.file, disk.digests)
+            problem = image.flaw(files, size=disk.size)
+            if problem:
+                raise errors.StoreError(problem)
+    return point
 
 
-def file_names(device: str) -> tuple[str, str]:
-    """Return the names of a device's image and digests: ``xvda.raw``, ``xvda.b3``."""
-    return f"{device}.raw", f"{device}.b3"
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,65 @@
+"""Lock: a file in a folder that one run at a time holds, and that says which.
+
+The kernel releases the lock when its process ends, however it ends. The file stays for ever:
+removing it would let two runs hold two different files of the same name.
+"""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import msgspec
+
+from . import errors
+from .folder import Folder, told
+
+NAME = ".lock"
+
+
+class _Owner(msgspec.Struct, frozen=True, kw_only=True):
+    pid: int
+    host: str
+    since: str
+
+
+@contextmanager
+def held(folder: Folder, *, wait: bool) -> Iterator[None]:
+    """Hold the lock of ``folder``.
+
+    Args:
+        folder: what is locked.
+        wait: until it is free; only where nobody holds it for long.
+
+    Raises:
+        StoreLocked: not ``wait``, and somebody has it; the text says who.
+        StoreError: there can be no lock here.
+    """
+    path = folder.path / NAME
+    with os.fdopen(folder.open_file(NAME, flags=os.O_RDWR | os.O_CREAT), "r+b", 0) as file:
+        with told("lock", path):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise errors.StoreLocked(_who_holds(folder, file.read(4096))) from None
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            owner = _Owner(pid=os.getpid(), host=socket.gethostname(), since=now)
+            file.truncate(0)
+            file.write(msgspec.json.encode(owner))
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _who_holds(folder: Folder, content: bytes) -> str:
+    try:
+        owner = msgspec.json.decode(content, type=_Owner)
+    except (ValueError, RecursionError):
+        return f"{folder.path} is locked by another run; wait for it to end"
+    return (
+        f"{folder.path} is locked by process {owner.pid} on {owner.host} since {owner.since};"
+        " wait for it to end"
+    )
