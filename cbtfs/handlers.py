@@ -1,0 +1,119 @@
+"""HTTP to a host through httpx: JSON-RPC for what is read in bulk, and xapi's own handlers."""
+
+import ssl
+from collections.abc import Mapping, Sequence
+
+import httpx
+import msgspec
+
+from . import errors, peers, tls, wire
+from .wire import NoAnswer
+
+
+class _Error(msgspec.Struct, frozen=True):
+    message: str = ""
+    data: tuple[str, ...] = ()
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """A JSON-RPC 2.0 answer whose result is left as it is."""
+
+    result: msgspec.Raw = msgspec.Raw(b"null")
+    error: _Error | None = None
+
+
+class Web:
+    """The HTTP clients of one session, one for each host that was master."""
+
+    def __init__(self, port: int, *, timeout: float) -> None:
+        self._port = port
+        self._timeout = timeout
+        self._clients: dict[str, httpx.AsyncClient] = {}
+
+    async def post(
+        self, host: str, context: ssl.SSLContext, method: str, params: Sequence[object]
+    ) -> bytes:
+        """Call ``method``, which only reads, over JSON-RPC and return its value as JSON.
+
+        Raises:
+            XapiFailure: xapi refused.
+            NoAnswer: the host did not answer.
+            AuthenticationFailed: its certificate is not the expected one.
+            PoolError: it answered something else.
+        """
+        call = {"jsonrpc": "2.0", "method": method, "params": params, "id": 1}
+        request = self._client(host, context).build_request(
+            "POST",
+            "/jsonrpc",
+            content=msgspec.json.encode(call),
+            headers={"Content-Type": "application/json"},
+        )
+        body = await self._sent(host, request, what=method)
+        try:
+            answer = msgspec.json.decode(body, type=_Answer)
+        except msgspec.MsgspecError as exc:
+            raise errors.PoolError(f"{host} answered {method} in no form that xapi uses") from exc
+        if answer.error is not None:
+            raise errors.XapiFailure(answer.error.message, answer.error.data, method=method)
+        return bytes(answer.result)
+
+    async def get(
+        self,
+        host: str,
+        context: ssl.SSLContext,
+        path: str,
+        *,
+        query: Mapping[str, str],
+        session: str,
+    ) -> bytes:
+        """Return the body of one of xapi's handlers; raises as ``post``."""
+        request = self._client(host, context).build_request(
+            "GET", path, params=dict(query), headers={"Cookie": f"session_id={session}"}
+        )
+        return await self._sent(host, request, what=path)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        while self._clients:
+            await self._clients.popitem()[1].aclose()
+
+    def _client(self, host: str, context: ssl.SSLContext) -> httpx.AsyncClient:
+        if host not in self._clients:
+            self._clients[host] = httpx.AsyncClient(
+                base_url=f"https://{peers.netloc(host, self._port)}",
+                verify=context,
+                timeout=self._timeout,
+                headers={"User-Agent": wire.USER_AGENT},
+                trust_env=False,  # no proxy: a session must reach nobody but the host
+            )
+        return self._clients[host]
+
+    async def _sent(self, host: str, request: httpx.Request, *, what: str) -> bytes:
+        try:
+            response = await self._clients[host].send(request)
+        except httpx.TransportError as exc:
+            raise _no_answer(exc, host) from exc
+        status = response.status_code
+        if status == 200:
+            return response.content
+        if status == 401:
+            raise errors.XapiFailure("SESSION_INVALID", method=what)
+        if status >= 500 and request.method == "POST":  # what xapi says while it starts
+            raise NoAnswer(f"HTTP {status}", sent=True)
+        raise errors.PoolError(f"{host} answered {what} with HTTP {status}")
+
+
+def _no_answer(exc: httpx.TransportError, host: str) -> Exception:
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return errors.AuthenticationFailed(
+                f"{host} no longer shows the certificate it showed before "
+                f"({cause.verify_message}); run the command again, and compare its fingerprint if "
+                "that fails too"
+            )
+        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
+            return NoAnswer(tls.explain(cause), sent=True)
+        cause = cause.__cause__ or cause.__context__
+    silent = isinstance(exc, httpx.TimeoutException)
+    return NoAnswer("it is silent" if silent else str(exc) or type(exc).__name__, sent=True)
