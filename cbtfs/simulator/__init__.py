@@ -4,7 +4,7 @@ No Xen runs on a developer's machine, and no client is tested by mocks of itself
 cbtfs plays the pool, with its certificates, its limits and its bad habits, in a process of its own.
 It shares no logic with the code that it tests. In reading order:
 
-- ``life``: start, stop, set, control – what the command line and the tests call
+- ``life``: start, stop, set, control: what the command line and the tests call
 - ``server``: a pool with all its wires; ``control``: the socket that steers it
 - ``scenarios``: what a fresh pool holds; ``topology``, ``default_scenario``
 - ``filesystem``, ``lvm``, ``partitions``: real disk contents, made without root
