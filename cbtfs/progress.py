@@ -1,12 +1,43 @@
-"""Progress: what a run has done so far, for people, programs and nobody."""
+"""Progress: what a run has done so far, for people, programs and nobody.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+A run calls the four methods of ``Progress`` from one thread; the views differ in what they tell:
+
+============  =====================================================================
+``bar``       one bar per disk while it is copied, for a terminal
+``line``      one line per disk every 30 s, for a log
+``json``      one JSON object per line (NDJSON), for programs
+``silent``    nothing
+============  =====================================================================
+
+Rules of this file:
+
+1. Names come from the pool and are hostile: control characters never reach a terminal.
+2. Whoever reads the progress may go away; the run goes on.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from time import monotonic
 from typing import Literal, Protocol, TextIO
 
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress as RichProgress, TaskID, TextColumn
+
+from . import units
 from .catalogue import DiskPoint
 
 Kind = Literal["bar", "line", "json", "silent"]
+
+LINE_EVERY = 30.0
+JSON_EVERY = 1.0
+
+SCHEMA = 1
+"""Version of the NDJSON events."""
+
+_SHORT = {"incremental": "inc"}
 
 
 class Progress(Protocol):
@@ -14,15 +45,82 @@ class Progress(Protocol):
 
     def disk_started(self, key: str, *, method: str, reason: str, total: int) -> None:
         """A disk is being copied; ``total`` bytes are to be read."""
+        ...
 
     def advanced(self, key: str, *, read: int, written: int) -> None:
         """So many more bytes were read and written."""
+        ...
 
     def disk_finished(self, key: str, point: DiskPoint | None, error: str = "") -> None:
         """The disk is done, or failed with ``error``."""
+        ...
 
     def message(self, text: str) -> None:
         """Something worth a line."""
+        ...
+
+
+def kind_for(stream: TextIO) -> Kind:
+    """Return the view that suits ``stream``: bars on a terminal, lines elsewhere."""
+    return "bar" if stream.isatty() else "line"
+
+
+@contextmanager
+def open_progress(kind: Kind, stream: TextIO) -> Iterator[Progress]:
+    """Give a view of the kind asked for on ``stream``; its bars go away with the block."""
+    if kind == "bar":
+        view = BarProgress(Console(file=stream, highlight=False))
+        with view.bars:
+            yield view
+    elif kind == "line":
+        yield LineProgress(stream)
+    elif kind == "json":
+        yield JsonProgress(stream)
+    else:
+        yield SilentProgress()
+
+
+def summary(key: str, point: DiskPoint) -> str:
+    """Return the line that remains of a disk, in bytes written to its image.
+
+    ::
+
+        web1/xvda  inc  1.2 GiB of 40 GiB in 14 s  (base 20261121T020000Z)
+        web1/xvdb  full  3.1 GiB of 10 GiB in 1 m 02 s  (first)
+    """
+    written, size = (units.format_size(n) for n in (point.bytes_written, point.size))
+    why = f"base {point.base}" if point.base else point.reason
+    return (
+        f"{printable(key)}  {_SHORT.get(point.method, point.method)}  {written} of {size}"
+        f" in {units.format_duration(point.seconds)}" + (f"  ({why})" if why else "")
+    )
+
+
+def printable(text: str) -> str:
+    """Return ``text`` on one line, with whatever could steer a terminal replaced by ``?``."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+@dataclass(slots=True)
+class _Disk:
+    """A disk under way; times are those of the clock."""
+
+    method: str
+    reason: str
+    total: int
+    begun: float
+    told: float
+    read: int = 0
+    written: int = 0
+
+    def rate(self, now: float) -> float:
+        """Bytes read in a second, from the beginning on."""
+        return self.read / (now - self.begun) if now > self.begun else 0.0
+
+    def left(self, now: float) -> str:
+        """How long it will take, for people; "" while nobody knows."""
+        rate = self.rate(now)
+        return units.format_duration(max(self.total - self.read, 0) / rate) if rate else ""
 
 
 class SilentProgress:
@@ -41,12 +139,166 @@ class SilentProgress:
         """Do nothing."""
 
 
-@contextmanager
-def open_progress(kind: Kind, stream: TextIO) -> Iterator[Progress]:
-    """Give a view of the kind asked for, that ends with the block."""
-    yield SilentProgress()
+class _Periodic:
+    """Keeps account of the disks, and lets a view speak of each once in ``every`` seconds."""
+
+    def __init__(self, stream: TextIO, *, every: float, clock: Callable[[], float]) -> None:
+        self._stream = stream
+        self._every = every
+        self._clock = clock
+        self._disks: dict[str, _Disk] = {}
+
+    def disk_started(self, key: str, *, method: str, reason: str, total: int) -> None:
+        """Begin to count."""
+        now = self._clock()
+        self._disks[key] = _Disk(method, reason, total, begun=now, told=now)
+
+    def advanced(self, key: str, *, read: int, written: int) -> None:
+        """Count, and say so if it is time."""
+        disk = self._disks.get(key)
+        if disk is None:
+            return
+        disk.read += read
+        disk.written += written
+        now = self._clock()
+        if now - disk.told >= self._every:
+            disk.told = now
+            self._tell(key, disk, now)
+
+    def _tell(self, key: str, disk: _Disk, now: float) -> None:
+        raise NotImplementedError
+
+    def _print(self, line: str) -> None:
+        with suppress(OSError, ValueError):  # the reader is gone; the run is not
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
 
 
-def summary(key: str, point: DiskPoint) -> str:
-    """Return ``web1/xvda  inc  1.2 GiB of 40 GiB in 14 s  (base 20261121T020000Z)``."""
-    raise NotImplementedError
+class LineProgress(_Periodic):
+    """Writes a line per disk every ``every`` seconds, and errors at once."""
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        every: float = LINE_EVERY,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        super().__init__(stream, every=every, clock=clock)
+
+    def _tell(self, key: str, disk: _Disk, now: float) -> None:
+        read, total, written = (units.format_size(n) for n in (disk.read, disk.total, disk.written))
+        self._print(
+            f"{printable(key)}  {_SHORT.get(disk.method, disk.method)}  {read} of {total} read,"
+            f" {written} written, {units.format_rate(disk.rate(now))}, {disk.left(now)} left"
+        )
+
+    def disk_finished(self, key: str, point: DiskPoint | None, error: str = "") -> None:
+        """Tell the error, if it is one."""
+        self._disks.pop(key, None)
+        if error:
+            self._print(f"{printable(key)}  failed: {printable(error)}")
+
+    def message(self, text: str) -> None:
+        """Write ``text`` as a line."""
+        self._print(printable(text))
+
+
+class JsonProgress(_Periodic):
+    """Writes events as NDJSON; ``progress`` at most once in ``every`` seconds for each disk."""
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        every: float = JSON_EVERY,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        super().__init__(stream, every=every, clock=clock)
+
+    def disk_started(self, key: str, *, method: str, reason: str, total: int) -> None:
+        """Write ``disk_started``."""
+        super().disk_started(key, method=method, reason=reason, total=total)
+        self._event("disk_started", disk=key, method=method, reason=reason, total=total)
+
+    def _tell(self, key: str, disk: _Disk, now: float) -> None:
+        self._event("progress", disk=key, read=disk.read, written=disk.written, total=disk.total)
+
+    def disk_finished(self, key: str, point: DiskPoint | None, error: str = "") -> None:
+        """Write ``disk_finished`` or ``disk_failed``."""
+        self._disks.pop(key, None)
+        if point is None:
+            self._event("disk_failed", disk=key, error=error)
+            return
+        self._event(
+            "disk_finished",
+            disk=key,
+            method=point.method,
+            reason=point.reason,
+            base=point.base,
+            size=point.size,
+            read=point.bytes_read,
+            written=point.bytes_written,
+            seconds=point.seconds,
+        )
+
+    def message(self, text: str) -> None:
+        """Write ``message``."""
+        self._event("message", text=text)
+
+    def _event(self, event: str, **fields: str | float) -> None:
+        # json escapes control characters and, by default, everything that is not ASCII
+        self._print(json.dumps({"schema": SCHEMA, "event": event, **fields}))
+
+
+class BarProgress:
+    """Shows one bar per disk on a terminal, as far as it is read, with the bytes written.
+
+    Attributes:
+        bars: the display; enter it to show the bars.
+    """
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = monotonic) -> None:
+        self.bars = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            transient=True,
+        )
+        self._clock = clock
+        self._disks: dict[str, tuple[TaskID, _Disk]] = {}
+
+    def disk_started(self, key: str, *, method: str, reason: str, total: int) -> None:
+        """Add a bar."""
+        now = self._clock()
+        what = escape(f"{printable(key)}  {_SHORT.get(method, method)}")
+        task = self.bars.add_task(what, total=total, figures=escape(f"({reason})"))
+        self._disks[key] = task, _Disk(method, reason, total, begun=now, told=now)
+
+    def advanced(self, key: str, *, read: int, written: int) -> None:
+        """Advance its bar."""
+        if key not in self._disks:
+            return
+        task, disk = self._disks[key]
+        disk.read += read
+        disk.written += written
+        now = self._clock()
+        figures = (
+            f"{units.format_size(disk.written)} written  {units.format_rate(disk.rate(now))}"
+            f"  {disk.left(now)} left"
+        )
+        self.bars.update(task, completed=disk.read, figures=figures)
+
+    def disk_finished(self, key: str, point: DiskPoint | None, error: str = "") -> None:
+        """Take the bar away; tell the error, if it is one."""
+        task, _ = self._disks.pop(key, (None, None))
+        if task is not None:
+            self.bars.remove_task(task)
+        if error:
+            self.message(f"{key}  failed: {error}")
+
+    def message(self, text: str) -> None:
+        """Write ``text`` above the bars."""
+        self.bars.console.print(printable(text), markup=False, soft_wrap=True)
