@@ -20,165 +20,36 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Protocol, TypeVar
 
-import msgspec
+from . import errors, rawrecords
+from .owner import TAG_OWNER, Owned, read_owner, write_owner
+from .records import EPOCH, PIF, READABLE_TYPES, SR, VBD, VDI, VM, Disk, Host, Network, Pool
 
-from . import errors, records
+__all__ = [
+    "CLASSES",
+    "EPOCH",
+    "PIF",
+    "READABLE_TYPES",
+    "SR",
+    "TAG_OWNER",
+    "VBD",
+    "VDI",
+    "VM",
+    "Disk",
+    "Host",
+    "Inventory",
+    "Network",
+    "Owned",
+    "Pool",
+    "parse",
+    "read_owner",
+    "write_owner",
+]
 
 CLASSES = ("pool", "host", "SR", "PBD", "SM", "VM", "VBD", "VDI", "network", "PIF")
 """The classes whose records ``parse`` needs."""
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-"""``snapshot_time`` of what is no snapshot."""
-
-TAG_OWNER = "cbtfs:owner"
-"""Key in ``other_config`` of whatever cbtfs made in the pool; see ``Owned``."""
-
-READABLE_TYPES = frozenset({"user", "system"})
-"""VDI types that have contents for a user; ``cbt_metadata``, ``suspend``, … have none."""
-
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _DEVICE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
-
-
-# ── Records ──────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
-    """A server of the pool; ``address`` is where its management interface answers."""
-
-    ref: str
-    uuid: str
-    name: str = ""
-    address: str = ""
-    hostname: str = ""
-    enabled: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SR:
-    """A storage repository; ``host_refs`` are the hosts that have it attached now."""
-
-    ref: str
-    uuid: str
-    name: str = ""
-    type: str = ""
-    shared: bool = False
-    content_type: str = ""
-    allowed_operations: frozenset[str] = frozenset()
-    physical_size: int = 0
-    physical_utilisation: int = 0
-    host_refs: tuple[str, ...] = ()
-    cbt_capable: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VBD:
-    """A VDI's place in a VM; ``device`` is safe as a file name, but not always unique in a VM."""
-
-    ref: str
-    uuid: str = ""
-    vm_ref: str = ""
-    vdi_ref: str = ""
-    device: str = ""
-    userdevice: str = ""
-    type: str = "Disk"
-    mode: str = "RW"
-    currently_attached: bool = False
-    empty: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VM:
-    """A virtual machine, or a template, a snapshot, a control domain."""
-
-    ref: str
-    uuid: str
-    name: str = ""
-    power_state: str = "Halted"
-    is_a_template: bool = False
-    is_a_snapshot: bool = False
-    is_control_domain: bool = False
-    snapshot_of: str = ""
-    snapshot_time: datetime = EPOCH
-    vbd_refs: tuple[str, ...] = ()
-    tags: frozenset[str] = frozenset()
-    other_config: Mapping[str, str] = field(default_factory=dict[str, str])
-    resident_on: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VDI:
-    """A virtual disk: ``size`` is what its guest sees, ``used`` what it takes in its SR."""
-
-    ref: str
-    uuid: str
-    name: str = ""
-    description: str = ""
-    sr_ref: str = ""
-    size: int = 0
-    used: int = 0
-    type: str = "user"
-    managed: bool = True
-    missing: bool = False
-    is_a_snapshot: bool = False
-    snapshot_of: str = ""
-    snapshot_time: datetime = EPOCH
-    cbt_enabled: bool = False
-    read_only: bool = False
-    sharable: bool = False
-    on_boot: str = "persist"
-    vbd_refs: tuple[str, ...] = ()
-    other_config: Mapping[str, str] = field(default_factory=dict[str, str])
-    tags: frozenset[str] = frozenset()
-    allowed_operations: frozenset[str] = frozenset()
-    is_tools_iso: bool = False
-    location: str = ""
-    sm_config: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether it has contents that can be read: managed, present, of a type with data."""
-        return self.managed and not self.missing and self.type in READABLE_TYPES
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Network:
-    """A network; ``purpose`` holds ``nbd`` or ``insecure_nbd`` where NBD is served."""
-
-    ref: str
-    name: str = ""
-    purpose: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PIF:
-    """A host's interface on a network."""
-
-    ref: str
-    network_ref: str = ""
-    host_ref: str = ""
-    ip: str = ""
-    currently_attached: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """The pool itself; ``restrictions`` are its licence's, such as ``restrict_cbt``."""
-
-    uuid: str
-    name: str = ""
-    master_ref: str = ""
-    restrictions: Mapping[str, str] = field(default_factory=dict[str, str])
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """A disk of a VM; ``device`` is unique in the VM and safe as a file name."""
-
-    device: str
-    vbd: VBD
-    vdi: VDI
 
 
 # ── The inventory ────────────────────────────────────────────────────────────────────────────
@@ -358,22 +229,22 @@ def parse(tables: Mapping[str, bytes]) -> Inventory:
         PoolError: a class is missing or its JSON has another shape; the text names the class.
     """
     problems: list[str] = []
-    hosts = _decode(tables, "host", dict[str, records.HostRecord], problems)
-    srs = _decode(tables, "SR", dict[str, records.SRRecord], problems)
-    vms = _decode(tables, "VM", dict[str, records.VMRecord], problems)
-    vdis = _decode(tables, "VDI", dict[str, records.VDIRecord], problems)
-    networks = _decode(tables, "network", dict[str, records.NetworkRecord])
-    pifs = _decode(tables, "PIF", dict[str, records.PIFRecord])
-    attached = _attached_hosts(_decode(tables, "PBD", dict[str, records.PBDRecord]), hosts)
-    tracking = _tracking_types(_decode(tables, "SM", dict[str, records.SMRecord]))
+    hosts = _decode(tables, "host", dict[str, rawrecords.HostRecord], problems)
+    srs = _decode(tables, "SR", dict[str, rawrecords.SRRecord], problems)
+    vms = _decode(tables, "VM", dict[str, rawrecords.VMRecord], problems)
+    vdis = _decode(tables, "VDI", dict[str, rawrecords.VDIRecord], problems)
+    networks = _decode(tables, "network", dict[str, rawrecords.NetworkRecord])
+    pifs = _decode(tables, "PIF", dict[str, rawrecords.PIFRecord])
+    attached = _attached_hosts(_decode(tables, "PBD", dict[str, rawrecords.PBDRecord]), hosts)
+    tracking = _tracking_types(_decode(tables, "SM", dict[str, rawrecords.SMRecord]))
     return Inventory(
-        pool=_pool(_decode(tables, "pool", dict[str, records.PoolRecord])),
+        pool=_pool(_decode(tables, "pool", dict[str, rawrecords.PoolRecord])),
         hosts={ref: _host(ref, raw) for ref, raw in hosts.items()},
         srs={ref: _sr(ref, raw, attached, tracking) for ref, raw in srs.items()},
         vms={ref: _vm(ref, raw) for ref, raw in vms.items()},
         vbds={
             r: _vbd(r, raw)
-            for r, raw in _decode(tables, "VBD", dict[str, records.VBDRecord]).items()
+            for r, raw in _decode(tables, "VBD", dict[str, rawrecords.VBDRecord]).items()
         },
         vdis={ref: _vdi(ref, raw) for ref, raw in vdis.items()},
         networks={
@@ -385,7 +256,7 @@ def parse(tables: Mapping[str, bytes]) -> Inventory:
     )
 
 
-_R = TypeVar("_R", bound=records.Record)
+_R = TypeVar("_R", bound=rawrecords.Record)
 
 
 def _decode(
@@ -401,7 +272,7 @@ def _decode(
     """
     if name not in tables:
         raise errors.PoolError(f"the pool sent no {name} records")
-    table = records.decode(tables[name], shape, name=name)
+    table = rawrecords.decode(tables[name], shape, name=name)
     if problems is None:
         return table
     seen: set[str] = set()
@@ -418,7 +289,7 @@ def _decode(
 
 
 def _attached_hosts(
-    pbds: Mapping[str, records.PBDRecord], hosts: Mapping[str, records.HostRecord]
+    pbds: Mapping[str, rawrecords.PBDRecord], hosts: Mapping[str, rawrecords.HostRecord]
 ) -> dict[str, tuple[str, ...]]:
     found: dict[str, set[str]] = {}
     for pbd in pbds.values():
@@ -427,7 +298,7 @@ def _attached_hosts(
     return {ref: tuple(sorted(refs)) for ref, refs in found.items()}
 
 
-def _tracking_types(drivers: Mapping[str, records.SMRecord]) -> frozenset[str]:
+def _tracking_types(drivers: Mapping[str, rawrecords.SMRecord]) -> frozenset[str]:
     """Return the SR types whose driver tracks changed blocks.
 
     An SR's ``allowed_operations`` would say it too, but is empty while another operation runs.
@@ -435,7 +306,7 @@ def _tracking_types(drivers: Mapping[str, records.SMRecord]) -> frozenset[str]:
     return frozenset(sm.type for sm in drivers.values() if "VDI_CONFIG_CBT" in sm.features)
 
 
-def _pool(table: Mapping[str, records.PoolRecord]) -> Pool:
+def _pool(table: Mapping[str, rawrecords.PoolRecord]) -> Pool:
     for raw in table.values():
         return Pool(
             uuid=raw.uuid,
@@ -446,7 +317,7 @@ def _pool(table: Mapping[str, records.PoolRecord]) -> Pool:
     raise errors.PoolError("the pool sent no pool record")
 
 
-def _host(ref: str, raw: records.HostRecord) -> Host:
+def _host(ref: str, raw: rawrecords.HostRecord) -> Host:
     return Host(
         ref=ref,
         uuid=raw.uuid.lower(),
@@ -459,7 +330,7 @@ def _host(ref: str, raw: records.HostRecord) -> Host:
 
 def _sr(
     ref: str,
-    raw: records.SRRecord,
+    raw: rawrecords.SRRecord,
     attached: Mapping[str, tuple[str, ...]],
     tracking: frozenset[str],
 ) -> SR:
@@ -478,7 +349,7 @@ def _sr(
     )
 
 
-def _vm(ref: str, raw: records.VMRecord) -> VM:
+def _vm(ref: str, raw: rawrecords.VMRecord) -> VM:
     return VM(
         ref=ref,
         uuid=raw.uuid.lower(),
@@ -496,7 +367,7 @@ def _vm(ref: str, raw: records.VMRecord) -> VM:
     )
 
 
-def _vbd(ref: str, raw: records.VBDRecord) -> VBD:
+def _vbd(ref: str, raw: rawrecords.VBDRecord) -> VBD:
     return VBD(
         ref=ref,
         uuid=raw.uuid.lower(),
@@ -511,7 +382,7 @@ def _vbd(ref: str, raw: records.VBDRecord) -> VBD:
     )
 
 
-def _vdi(ref: str, raw: records.VDIRecord) -> VDI:
+def _vdi(ref: str, raw: rawrecords.VDIRecord) -> VDI:
     return VDI(
         ref=ref,
         uuid=raw.uuid.lower(),
@@ -540,7 +411,7 @@ def _vdi(ref: str, raw: records.VDIRecord) -> VDI:
     )
 
 
-def _pif(ref: str, raw: records.PIFRecord) -> PIF:
+def _pif(ref: str, raw: rawrecords.PIFRecord) -> PIF:
     return PIF(
         ref=ref,
         network_ref=_ref(raw.network),
@@ -563,7 +434,7 @@ def _time(text: str) -> datetime:
         return EPOCH
 
 
-def _device(raw: records.VBDRecord) -> str:
+def _device(raw: rawrecords.VBDRecord) -> str:
     """Return the disk's name in its VM: ``xvda`` for number 0, ``xvdaa`` for number 26.
 
     xapi fills ``device`` when the disk is plugged, so that of a VM that never ran has only its
@@ -580,47 +451,3 @@ def _device(raw: records.VBDRecord) -> str:
     if _DEVICE.fullmatch(raw.userdevice):
         return raw.userdevice
     return "disk"
-
-
-# ── Ownership ────────────────────────────────────────────────────────────────────────────────
-
-
-class Owned(msgspec.Struct, frozen=True, kw_only=True):
-    """The tag on a pool object that cbtfs made, and may therefore destroy.
-
-    xapi copies ``other_config`` to snapshots and clones, so the tag names the object it was meant
-    for: a copy of it on another object counts for nothing.
-
-    Attributes:
-        self_uuid: uuid of the tagged object.
-        role: ``base`` (kept for the next increment) or ``live`` (a mount reads from it).
-        store: uuid of the store it is the base of; "" for ``live``.
-        point: time of the restore point it belongs to.
-        host: name of the machine that made it.
-        pid: process that made it, with ``starttime`` and ``boot`` to tell it from a later one.
-        boot: that machine's boot id.
-        starttime: when the process began, in clock ticks since boot.
-    """
-
-    self_uuid: str = msgspec.field(name="self")
-    role: str
-    store: str = ""
-    point: str = ""
-    host: str = ""
-    pid: int = 0
-    boot: str = ""
-    starttime: int = 0
-
-
-def read_owner(other_config: Mapping[str, str], uuid: str) -> Owned | None:
-    """Return the ownership tag of the object with this uuid, or None if it is not ours."""
-    try:
-        owned = msgspec.json.decode(other_config.get(TAG_OWNER, ""), type=Owned)
-    except (ValueError, RecursionError):
-        return None
-    return owned if uuid and owned.self_uuid == uuid else None
-
-
-def write_owner(owned: Owned) -> str:
-    """Return the value for ``TAG_OWNER`` in the ``other_config`` of the object."""
-    return msgspec.json.encode(owned).decode()

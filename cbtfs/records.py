@@ -1,93 +1,57 @@
-"""xapi's records as they come over the JSON wire, typed: the ten classes cbtfs asks for.
+"""The objects of a pool as frozen records: hosts, SRs, VMs, VBDs, VDIs, networks.
 
-Field names are xapi's own (xen-api's datamodel), each with the value it has where a server leaves
-it out; what we don't use is not decoded. ``inventory.py`` makes friendlier records of these, and is
-the only reader.
-
-A name in the pool may hold half of a surrogate pair or bytes that are no UTF-8; msgspec refuses
-both. Such a document is repaired once, slowly: each offender becomes ``_``.
+``inventory.py`` fills them from what xapi sends. References are strings, "" for none, and may
+dangle; sizes are in bytes; times are aware and in UTC.
 """
 
-import json
-import re
-from typing import TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
-import msgspec
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+"""``snapshot_time`` of what is no snapshot."""
 
-from . import errors
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class Record(msgspec.Struct, frozen=True, gc=False):
-    """What every class has."""
-
-    uuid: str = ""
-    name_label: str = ""
+READABLE_TYPES = frozenset({"user", "system"})
+"""VDI types that have contents for a user; ``cbt_metadata``, ``suspend``, … have none."""
 
 
-class PoolRecord(Record, frozen=True, gc=False):
-    """The class ``pool``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A server of the pool; ``address`` is where its management interface answers."""
 
-    master: str = ""
-    restrictions: dict[str, str] = {}
-
-
-class HostRecord(Record, frozen=True, gc=False):
-    """The class ``host``."""
-
+    ref: str
+    uuid: str
+    name: str = ""
     address: str = ""
     hostname: str = ""
     enabled: bool = True
 
 
-class SRRecord(Record, frozen=True, gc=False):
-    """The class ``SR``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SR:
+    """A storage repository; ``host_refs`` are the hosts that have it attached now."""
 
+    ref: str
+    uuid: str
+    name: str = ""
     type: str = ""
     shared: bool = False
     content_type: str = ""
     allowed_operations: frozenset[str] = frozenset()
     physical_size: int = 0
     physical_utilisation: int = 0
+    host_refs: tuple[str, ...] = ()
+    cbt_capable: bool = False
 
 
-class PBDRecord(Record, frozen=True, gc=False):
-    """The class ``PBD``: a host's connection to an SR."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VBD:
+    """A VDI's place in a VM; ``device`` is safe as a file name, but not always unique in a VM."""
 
-    host: str = ""
-    SR: str = ""
-    currently_attached: bool = False
-
-
-class SMRecord(Record, frozen=True, gc=False):
-    """The class ``SM``: a storage driver and what it can do."""
-
-    type: str = ""
-    features: dict[str, int] = {}
-    capabilities: frozenset[str] = frozenset()
-
-
-class VMRecord(Record, frozen=True, gc=False):
-    """The class ``VM``."""
-
-    power_state: str = "Halted"
-    is_a_template: bool = False
-    is_a_snapshot: bool = False
-    is_control_domain: bool = False
-    snapshot_of: str = ""
-    snapshot_time: str = ""
-    VBDs: tuple[str, ...] = ()
-    tags: frozenset[str] = frozenset()
-    other_config: dict[str, str] = {}
-    resident_on: str = ""
-
-
-class VBDRecord(Record, frozen=True, gc=False):
-    """The class ``VBD``."""
-
-    VM: str = ""
-    VDI: str = ""
+    ref: str
+    uuid: str = ""
+    vm_ref: str = ""
+    vdi_ref: str = ""
     device: str = ""
     userdevice: str = ""
     type: str = "Disk"
@@ -96,81 +60,94 @@ class VBDRecord(Record, frozen=True, gc=False):
     empty: bool = False
 
 
-class VDIRecord(Record, frozen=True, gc=False):
-    """The class ``VDI``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VM:
+    """A virtual machine, or a template, a snapshot, a control domain."""
 
-    name_description: str = ""
-    SR: str = ""
-    virtual_size: int = 0
-    physical_utilisation: int = 0
+    ref: str
+    uuid: str
+    name: str = ""
+    power_state: str = "Halted"
+    is_a_template: bool = False
+    is_a_snapshot: bool = False
+    is_control_domain: bool = False
+    snapshot_of: str = ""
+    snapshot_time: datetime = EPOCH
+    vbd_refs: tuple[str, ...] = ()
+    tags: frozenset[str] = frozenset()
+    other_config: Mapping[str, str] = field(default_factory=dict[str, str])
+    resident_on: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VDI:
+    """A virtual disk: ``size`` is what its guest sees, ``used`` what it takes in its SR."""
+
+    ref: str
+    uuid: str
+    name: str = ""
+    description: str = ""
+    sr_ref: str = ""
+    size: int = 0
+    used: int = 0
     type: str = "user"
     managed: bool = True
     missing: bool = False
     is_a_snapshot: bool = False
     snapshot_of: str = ""
-    snapshot_time: str = ""
+    snapshot_time: datetime = EPOCH
     cbt_enabled: bool = False
     read_only: bool = False
     sharable: bool = False
     on_boot: str = "persist"
-    VBDs: tuple[str, ...] = ()
-    other_config: dict[str, str] = {}
+    vbd_refs: tuple[str, ...] = ()
+    other_config: Mapping[str, str] = field(default_factory=dict[str, str])
     tags: frozenset[str] = frozenset()
     allowed_operations: frozenset[str] = frozenset()
     is_tools_iso: bool = False
     location: str = ""
-    sm_config: dict[str, str] = {}
+    sm_config: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether it has contents that can be read: managed, present, of a type with data."""
+        return self.managed and not self.missing and self.type in READABLE_TYPES
 
 
-class NetworkRecord(Record, frozen=True, gc=False):
-    """The class ``network``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A network; ``purpose`` holds ``nbd`` or ``insecure_nbd`` where NBD is served."""
 
+    ref: str
+    name: str = ""
     purpose: frozenset[str] = frozenset()
 
 
-class PIFRecord(Record, frozen=True, gc=False):
-    """The class ``PIF``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PIF:
+    """A host's interface on a network."""
 
-    network: str = ""
-    host: str = ""
-    IP: str = ""
+    ref: str
+    network_ref: str = ""
+    host_ref: str = ""
+    ip: str = ""
     currently_attached: bool = False
 
 
-_R = TypeVar("_R", bound=Record)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """The pool itself; ``restrictions`` are its licence's, such as ``restrict_cbt``."""
+
+    uuid: str
+    name: str = ""
+    master_ref: str = ""
+    restrictions: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def decode(data: bytes, table: type[dict[str, _R]], *, name: str) -> dict[str, _R]:
-    """Return the records of one class by reference, in the order of references.
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk of a VM; ``device`` is unique in the VM and safe as a file name."""
 
-    Args:
-        data: JSON of the map from reference to record.
-        table: type of the result.
-        name: xapi's name of the class, for the error.
-
-    Raises:
-        PoolError: ``data`` is no such map.
-    """
-    try:
-        try:
-            found = msgspec.json.decode(data, type=table)
-        except msgspec.ValidationError:
-            raise
-        except ValueError:
-            found = msgspec.json.decode(_repaired(data), type=table)
-    except (ValueError, RecursionError) as exc:
-        raise errors.PoolError(
-            f"the pool sent {name} records that cannot be understood: {exc}"
-        ) from None
-    return dict(sorted(found.items()))
-
-
-def _repaired(data: bytes) -> bytes:
-    """Return ``data`` with ``_`` for whatever in its strings cannot be UTF-8.
-
-    Raises:
-        ValueError: it is not JSON even so.
-    """
-    document: object = json.loads(data.decode(errors="surrogateescape"))
-    text = json.dumps(document, ensure_ascii=False)
-    return _SURROGATE.sub("_", text).encode()
+    device: str
+    vbd: VBD
+    vdi: VDI

@@ -16,13 +16,11 @@ Rules of this file:
 2. An inode number is a hash of uuids, not of names, so that it survives renames and remounts.
 3. What cannot be read has no file: unmanaged and missing VDIs, ``cbt_metadata``, suspend images,
    and the temporary snapshots that live disks are read through.
-4. Names from the pool become file names only through ``safe_names``.
+4. Names from the pool become file names only through ``names.safe_names``.
 """
 
 import json
-import re
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -33,15 +31,12 @@ import msgspec
 from . import catalogue, errors, inventory as inventories
 from .catalogue import Catalogue
 from .inventory import VDI, VM, Disk, Inventory
+from .names import NAME_MAX, safe_names
+
+__all__ = ["README", "ROOT", "Node", "Tree", "build", "is_shown", "safe_names"]
 
 ROOT = 1
 """Inode number of the mount point, as FUSE has it."""
-
-NAME_MAX = 255
-"""Longest file name in bytes (Linux, linux/limits.h)."""
-
-RESERVED = frozenset({"latest", "snapshots"})
-"""Names that the tree itself uses where names from the pool stand too."""
 
 README = b"""\
 This is a pool of virtual machines, mounted read-only by cbtfs.
@@ -60,76 +55,6 @@ opening it; that takes a temporary snapshot, which goes away by itself. Copy spa
 A name with ~ and eight hex digits at its end belongs to several things of the pool, or could not be
 a file name as it was; the digits are from the uuid.
 """
-
-_BAD = re.compile("[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_UUID = re.compile(r"(?:vdi-)?([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
-_SUFFIX_DIGITS = (0, 8, 16, 32)
-
-
-# ── Names ────────────────────────────────────────────────────────────────────────────────────
-
-
-def safe_names(
-    pairs: Sequence[tuple[str, str]],
-    *,
-    reserved: Collection[str] = RESERVED,
-    limit: int = NAME_MAX,
-) -> dict[str, str]:
-    """Return a file name for every key: valid, unique, and the given name wherever that is both.
-
-    ``/``, control characters and lone surrogates become ``_``. What then is empty, ``.``, ``..``,
-    reserved, longer than ``limit``, or not unique gets ``~`` and 8 hex digits of its key; of
-    several of one name all do. Should that meet another name still, the one with fewer digits gets
-    more. Names that came out of here come out unchanged.
-
-    Args:
-        pairs: key (a uuid) and name; the keys are distinct.
-        reserved: names not to give.
-        limit: longest name in bytes of UTF-8, at least 64.
-    """
-    plain = {key: _BAD.sub("_", name) for key, name in pairs}
-    forbidden = {"", ".", "..", *reserved}
-    levels = dict.fromkeys(plain, 0)
-    names = dict(plain)
-    clashing = _clashing(names, levels, forbidden, limit)
-    while clashing:
-        for key in clashing:
-            levels[key] += 1
-            names[key] = _suffixed(plain[key], key, level=levels[key], limit=limit)
-        clashing = _clashing(names, levels, forbidden, limit)
-    return names
-
-
-def _clashing(
-    names: Mapping[str, str], levels: Mapping[str, int], forbidden: Collection[str], limit: int
-) -> list[str]:
-    """Return the keys that need (more) digits: of equal names, those that have the fewest."""
-    times = Counter(names.values())
-    fewest: dict[str, int] = {}
-    for key, name in names.items():
-        if times[name] > 1:
-            fewest[name] = min(levels[key], fewest.get(name, levels[key]))
-    return [
-        key
-        for key, name in names.items()
-        if fewest.get(name) == levels[key] or name in forbidden or len(name.encode()) > limit
-    ]
-
-
-def _suffixed(name: str, key: str, *, level: int, limit: int) -> str:
-    uuid = _UUID.fullmatch(key)
-    if level < len(_SUFFIX_DIGITS):
-        digits = uuid[1].replace("-", "") if uuid else _digest(key, size=16).hex()
-        digits = digits[: _SUFFIX_DIGITS[level]]
-    else:  # two keys with one uuid: "vdi-" and the uuid
-        digits = _digest(key, size=20).hex()
-    room = limit - len(digits) - 1
-    return f"{name.encode()[:room].decode(errors='ignore')}~{digits}"
-
-
-def _digest(text: str, *, size: int) -> bytes:
-    return blake2b(text.encode(errors="surrogatepass"), digest_size=size).digest()
-
 
 # ── Nodes ────────────────────────────────────────────────────────────────────────────────────
 
@@ -282,10 +207,14 @@ class _Builder:
         0 is no inode number, 1 is the root, and tools that take them for signed must not see
         negative ones.
         """
-        inode = int.from_bytes(_digest(identity, size=8)) >> 1
+        inode = int.from_bytes(_digest(identity)) >> 1
         while inode <= ROOT or inode in self._nodes:
             inode = (inode + 1) % (1 << 63)
         return inode
+
+
+def _digest(identity: str) -> bytes:
+    return blake2b(identity.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
 # ── Building ─────────────────────────────────────────────────────────────────────────────────

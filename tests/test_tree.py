@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from hashlib import blake2b
-from uuid import UUID
 
 import pytest
 from hypothesis import given, strategies as st
@@ -393,7 +391,7 @@ def test_inodes_are_unique_positive_and_never_0_or_1() -> None:
 
 
 def test_colliding_hashes_get_neighbouring_inodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "_digest", lambda text, *, size: b"\xff" * size)
+    monkeypatch.setattr(tree, "_digest", lambda identity: b"\xff" * 8)
 
     first, second = (build(pool()) for _ in range(2))
 
@@ -402,100 +400,18 @@ def test_colliding_hashes_get_neighbouring_inodes(monkeypatch: pytest.MonkeyPatc
     assert inodes == [node.inode for _, node in paths(second)]
 
 
-# ── Names ────────────────────────────────────────────────────────────────────────────────────
+# ── Hostile and large pools ──────────────────────────────────────────────────────────────────
 
-A, B, C = (str(UUID(digit * 32)) for digit in "abc")
-
-
-@pytest.mark.parametrize(
-    ("name", "safe"),
-    [
-        ("root disk", "root disk"),
-        ("Größe \U0001f600", "Größe \U0001f600"),
-        ("../../etc", ".._.._etc"),
-        ("a/b\0c\nd\x1b[31m\x7f\x9b", "a_b_c_d_[31m__"),
-        ("\ud800", "_"),
-        ("", "~aaaaaaaa"),
-        (".", ".~aaaaaaaa"),
-        ("..", "..~aaaaaaaa"),
-        ("latest", "latest~aaaaaaaa"),
-        ("snapshots", "snapshots~aaaaaaaa"),
-        ("x" * 255, "x" * 255),
-        ("x" * 256, "x" * 246 + "~aaaaaaaa"),
-        ("ä" * 200, "ä" * 123 + "~aaaaaaaa"),
-    ],
-)
-def test_a_name_becomes_a_file_name(name: str, safe: str) -> None:
-    assert tree.safe_names([(A, name)]) == {A: safe}
-
-
-def test_all_twins_get_digits_not_only_the_second() -> None:
-    assert tree.safe_names([(A, "x"), (B, "x"), (C, "y")]) == {
-        A: "x~aaaaaaaa",
-        B: "x~bbbbbbbb",
-        C: "y",
-    }
-
-
-def test_twins_are_what_is_equal_afterwards() -> None:
-    assert tree.safe_names([(A, "a/b"), (B, "a_b")]) == {A: "a_b~aaaaaaaa", B: "a_b~bbbbbbbb"}
-
-
-def test_a_name_that_looks_like_a_twin_gives_way() -> None:
-    found = tree.safe_names([(A, "x"), (B, "x"), (C, "x~aaaaaaaa")])
-
-    assert found == {A: "x~aaaaaaaa", B: "x~bbbbbbbb", C: "x~aaaaaaaa~cccccccc"}
-
-
-def test_equal_digits_become_longer() -> None:
-    first, second = "aaaaaaaa-0000-4000-8000-000000000001", "aaaaaaaa-0001-4000-8000-000000000001"
-
-    assert tree.safe_names([(first, "x"), (second, "x")]) == {
-        first: "x~aaaaaaaa00004000",
-        second: "x~aaaaaaaa00014000",
-    }
-
-
-def test_a_vm_and_a_disk_of_one_uuid_differ_too() -> None:
-    found = tree.safe_names([(A, "x"), (f"vdi-{A}", "x")])
-
-    assert len(set(found.values())) == 2
-
-
-def test_a_key_that_is_no_uuid_gets_digits_of_its_hash() -> None:
-    digits = blake2b(b"key", digest_size=16).hexdigest()[:8]
-
-    assert tree.safe_names([("key", "")]) == {"key": f"~{digits}"}
-
-
-keys = st.one_of(
-    st.uuids().map(str),
-    st.sampled_from([A, B, C, f"vdi-{A}"]),
-    st.integers(0, 30).map(lambda n: f"aaaaaaaa-aaaa-aaaa-aaaa-{n:012x}"),
+uuids = st.one_of(
+    st.uuids().map(str), st.integers(0, 30).map(lambda n: f"aaaaaaaa-aaaa-aaaa-aaaa-{n:012x}")
 )
 raw_names = st.one_of(
     st.text(alphabet=st.characters(categories=None), max_size=8),
-    st.sampled_from(["", ".", "..", "x", "latest", "x~aaaaaaaa", "x~aaaaaaaaaaaaaaaa", "a/b"]),
-    st.integers(60, 300).map("é".__mul__),
+    st.sampled_from(["", ".", "..", "x", "latest", "x~aaaaaaaa", "a/b", "é" * 300]),
 )
 
 
-@given(st.dictionaries(keys, raw_names, max_size=12), st.sampled_from([64, 251, 255]))
-def test_safe_names_is_total_injective_valid_and_idempotent(
-    given_names: dict[str, str], limit: int
-) -> None:
-    found = tree.safe_names(list(given_names.items()), limit=limit)
-
-    assert found.keys() == given_names.keys()
-    assert len(set(found.values())) == len(found)
-    for name in found.values():
-        assert 0 < len(name.encode()) <= limit
-        assert name not in {".", "..", "latest", "snapshots"}
-        assert not any(c == "/" or ord(c) < 32 or 127 <= ord(c) < 160 for c in name)
-    assert tree.safe_names(list(found.items()), limit=limit) == found
-
-
-@given(st.dictionaries(keys.filter(lambda k: k[:4] != "vdi-"), raw_names, max_size=8))
+@given(st.dictionaries(uuids, raw_names, max_size=8))
 def test_any_names_make_a_tree_with_every_disk_in_it(given_names: dict[str, str]) -> None:
     vdis = tuple(
         VDI(ref=key, uuid=key, name=name, description=name, sr_ref="s")

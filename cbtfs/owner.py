@@ -1,0 +1,50 @@
+"""Owned: the tag that says which objects of a pool cbtfs made, and may therefore destroy.
+
+It stands in the object's ``other_config``, which xapi copies to snapshots and clones; so the tag
+names the object it was meant for, and a copy of it on another object counts for nothing.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+TAG_OWNER = "cbtfs:owner"
+"""Key in ``other_config`` of whatever cbtfs made in the pool."""
+
+
+class Owned(msgspec.Struct, frozen=True, kw_only=True):
+    """The tag on a pool object that cbtfs made, and may therefore destroy.
+
+    Attributes:
+        self_uuid: uuid of the tagged object.
+        role: ``base`` (kept for the next increment) or ``live`` (a mount reads from it).
+        store: uuid of the store it is the base of; "" for ``live``.
+        point: time of the restore point it belongs to.
+        host: name of the machine that made it.
+        pid: process that made it, with ``starttime`` and ``boot`` to tell it from a later one.
+        boot: that machine's boot id.
+        starttime: when the process began, in clock ticks since boot.
+    """
+
+    self_uuid: str = msgspec.field(name="self")
+    role: str
+    store: str = ""
+    point: str = ""
+    host: str = ""
+    pid: int = 0
+    boot: str = ""
+    starttime: int = 0
+
+
+def read_owner(other_config: Mapping[str, str], uuid: str) -> Owned | None:
+    """Return the ownership tag of the object with this uuid, or None if it is not ours."""
+    try:
+        owned = msgspec.json.decode(other_config.get(TAG_OWNER, ""), type=Owned)
+    except (ValueError, RecursionError):
+        return None
+    return owned if uuid and owned.self_uuid == uuid else None
+
+
+def write_owner(owned: Owned) -> str:
+    """Return the value for ``TAG_OWNER`` in the ``other_config`` of the object."""
+    return msgspec.json.encode(owned).decode()
