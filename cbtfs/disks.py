@@ -67,6 +67,21 @@ class Pool(Exporter, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class DiskOptions:
+    """How disks are read.
+
+    Attributes:
+        live: whether live disks may be read, through temporary snapshots.
+        linger: seconds that a snapshot and its connection stay after the last close.
+        connections: how many may be open at a time.
+    """
+
+    live: bool = True
+    linger: float = LINGER
+    connections: int = LIMIT
+
+
 @dataclass(slots=True, eq=False)
 class _Instant:
     """One attempt of a source to have something to read: ``ref``, or ``error``, once ``ready``."""
@@ -128,19 +143,23 @@ class Disks:
         pool: takes and destroys the snapshots.
         connections: reads them.
         nursery: the tasks run here; the caller calls ``end`` before it leaves the nursery.
-        linger: seconds that a source stays after its last file is closed.
+        options: what the user chose.
     """
 
     def __init__(
-        self, pool: Pool, connections: Connections, nursery: trio.Nursery, *, linger: float = LINGER
+        self, pool: Pool, connections: Connections, nursery: trio.Nursery, *, options: DiskOptions
     ) -> None:
         self._pool = pool
         self._connections = connections
         self._nursery = nursery
-        self._linger = linger
+        self._options = options
         self._newest: dict[str, Source] = {}
         self._running: set[Source] = set()
         self._ended = False
+
+    def allows(self, vdi: VDI) -> bool:
+        """Whether ``vdi`` may be opened at all."""
+        return vdi.is_a_snapshot or self._options.live
 
     def open(self, vdi: VDI, *, size: int) -> Source:
         """Return what a file that is opened now reads, ``size`` bytes of ``vdi``.
@@ -160,7 +179,7 @@ class Disks:
         if source.files:
             return
         if source.instant is not None:
-            source.idle.deadline = trio.current_time() + self._linger
+            source.idle.deadline = trio.current_time() + self._options.linger
         elif source.previous is not None:
             self._newest[source.vdi.ref] = source.previous
         else:
@@ -265,17 +284,13 @@ class Disks:
 
 @asynccontextmanager
 async def open_disks(
-    pool: Pool, *, linger: float = LINGER, connections: int = LIMIT
+    pool: Pool, *, options: DiskOptions | None = None
 ) -> AsyncGenerator[Disks, None]:
-    """Yield the disks of ``pool``; on exit its connections are closed and its snapshots destroyed.
-
-    Args:
-        pool: where they are.
-        linger: seconds that snapshots and connections stay after the last close.
-        connections: how many may be open at a time.
-    """
+    """Yield the disks of ``pool``; on exit connections are closed and snapshots destroyed."""
+    options = options or DiskOptions()
     async with trio.open_nursery() as nursery:
-        disks = Disks(pool, Connections(pool, nursery, limit=connections), nursery, linger=linger)
+        connections = Connections(pool, nursery, limit=options.connections)
+        disks = Disks(pool, connections, nursery, options=options)
         try:
             yield disks
         finally:

@@ -1,0 +1,376 @@
+"""Filesystem: what the kernel asks of a mount, answered from the tree and the disks.
+
+Rules of this file:
+
+1. Any exception but ``FUSEError`` that leaves a handler ends the mount. So every handler is
+   ``_answered``, and that is the one place where an exception becomes an errno.
+2. Names, attributes and extended attributes come from the tree and the inventory, which are in
+   memory: ``ls -R``, ``stat`` and ``open`` never reach the pool. Only ``read`` does.
+3. The contents behind a snapshot's inode never change, so the kernel may keep its pages for ever.
+   Behind a live disk's inode they change with every source (see ``disks``): the kernel has to drop
+   the pages it has until the first read of the new source shows that it did.
+4. The size of a file does not change while it is mounted: a disk that grows shows its old size.
+"""
+
+import errno
+import functools
+import logging
+import os
+import signal
+import stat
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar, Unpack, cast
+
+import pyfuse3
+import trio
+
+from . import __version__, errors, units
+from .cache import Cache
+from .disks import Disks, Source
+from .inventory import VDI, Inventory
+from .tree import Node, Tree
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 120.0
+"""Seconds until a read fails, by default: more than a host needs to plug a device twice (60 s is
+what Xen Orchestra gives it), less than a user's patience."""
+
+NAME_TIMEOUT = 5.0
+"""Seconds that the kernel believes a name, and the attributes of what may change."""
+
+SNAPSHOT_TIMEOUT = 3600.0
+"""Seconds that the kernel believes the attributes of an immutable file."""
+
+WATCH_INTERVAL = 1.0
+"""Seconds between two looks at whether the process behind a slow read was killed."""
+
+REPORTED = 256
+"""Failures that are remembered, so as not to be logged again."""
+
+XATTR_PREFIX = "user.cbtfs."
+
+_MODES = {"dir": stat.S_IFDIR | 0o550, "file": stat.S_IFREG | 0o440, "link": stat.S_IFLNK | 0o777}
+
+_H = TypeVar("_H")
+_Handler = Callable[["Filesystem", Unpack[tuple[object, ...]]], Awaitable[object]]
+
+
+def _answered(handler: _H) -> _H:
+    """Turn whatever ``handler`` raises into an answer for the kernel; rule 1."""
+    handle = cast("_Handler", handler)
+    action = handle.__name__
+
+    async def answer(self: "Filesystem", *args: object) -> object:
+        try:
+            return await handle(self, *args)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            self.failures.report(action, self.name_of(action, args[0]), error)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+
+    return cast("_H", functools.update_wrapper(answer, handle))
+
+
+class Failures:
+    """Says once why something failed: who copies a dead disk asks for it a thousand times."""
+
+    def __init__(self) -> None:
+        self._reported: OrderedDict[str, None] = OrderedDict()
+
+    def report(self, action: str, name: str, error: Exception) -> None:
+        """Log that ``action`` on the file ``name`` failed, with the origin if nobody foresaw it."""
+        text = f"{action} {name}: {str(error) or type(error).__name__}"
+        if text in self._reported:
+            return
+        self._reported[text] = None
+        if len(self._reported) > REPORTED:
+            self._reported.popitem(last=False)
+        log.error("%s", text, exc_info=None if isinstance(error, errors.CbtfsError) else error)
+
+    def forget(self, name: str) -> None:
+        """Log the next failure of the file ``name`` again, because somebody opens it anew."""
+        for text in [t for t in self._reported if f" {name}: " in t]:
+            del self._reported[text]
+
+
+@dataclass(slots=True, eq=False)
+class _File:
+    """An open file: a text of ours, or a disk if there is a ``source``. ``pid`` opened it."""
+
+    node: Node
+    pid: int
+    source: Source | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """A read under way: cancelled by its deadline, or because its process was killed."""
+
+    pid: int
+    since: float
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    killed: bool = False
+
+
+class Filesystem(pyfuse3.Operations):
+    """A pool's tree, read-only.
+
+    Args:
+        tree: the names.
+        inventory: what the names stand for.
+        disks: the contents.
+        cache: what has been read of them.
+        timeout: seconds until a read fails.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        *,
+        inventory: Inventory,
+        disks: Disks,
+        cache: Cache,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        super().__init__()
+        self.failures = Failures()
+        self._tree = tree
+        self._inventory = inventory
+        self._disks = disks
+        self._cache = cache
+        self._timeout = timeout
+        self._owner = (os.getuid(), os.getgid())
+        self._last_handle = 0
+        self._files: dict[int, _File] = {}
+        self._folders: dict[int, list[Node]] = {}
+        self._waits: set[_Wait] = set()
+
+    def name_of(self, action: str, number: object) -> str:
+        """Return the name of the node or open file that a handler's first argument stands for."""
+        if not isinstance(number, int):
+            return "/"
+        if action in {"read", "release"}:
+            return self._files[number].node.name if number in self._files else f"handle {number}"
+        try:
+            return self._tree.node(number).name or "/"
+        except errors.NotFound:
+            return f"inode {number}"
+
+    # ── Names and attributes ─────────────────────────────────────────────────────────────────
+
+    @_answered
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Return the attributes of a name in a folder."""
+        parent = self._node(parent_inode)
+        if name == b".":
+            return self._attributes(parent)
+        if name == b"..":
+            return self._attributes(self._node(parent.parent))
+        node = self._tree.lookup(parent_inode, name)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._attributes(node)
+
+    @_answered
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """Return the attributes of a node."""
+        return self._attributes(self._node(inode))
+
+    @_answered
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        """Return where a link points."""
+        return os.fsencode(self._node(inode).target)
+
+    @_answered
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        """Note what is in a folder now, so that a listing is of one instant."""
+        self._node(inode)
+        handle = self._new_handle()
+        self._folders[handle] = list(self._tree.children(inode))
+        return handle
+
+    @_answered
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List a folder from its ``start_id``-th name on, with attributes."""
+        for index, node in enumerate(self._folders[fh][start_id:], start=start_id + 1):
+            if not pyfuse3.readdir_reply(token, node.name.encode(), self._attributes(node), index):
+                break
+
+    @_answered
+    async def releasedir(self, fh: int) -> None:
+        """Forget an open folder."""
+        del self._folders[fh]
+
+    @_answered
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Return the size of all disks; nothing is free, because nothing can be written."""
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = 4 * units.KiB
+        data.f_blocks = sum(v.size for v in self._inventory.vdis.values()) // data.f_frsize
+        data.f_namemax = 255
+        return data
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: a node lives as long as the tree."""
+
+    # ── Extended attributes ──────────────────────────────────────────────────────────────────
+
+    @_answered
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """Return a fact about a disk, or about the mount."""
+        facts = self._facts(self._node(inode))
+        if name not in facts:
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        return facts[name]
+
+    @_answered
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        """Return which facts there are."""
+        return list(self._facts(self._node(inode)))
+
+    # ── Contents ─────────────────────────────────────────────────────────────────────────────
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open a file without reading it; rule 3 says whether the kernel may keep its pages."""
+        node = self._node(inode)
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise pyfuse3.FUSEError(errno.EROFS)
+        file = _File(node, ctx.pid)
+        keep_cache = True
+        if node.vdi_ref:
+            vdi = self._inventory.vdis[node.vdi_ref]
+            if not self._disks.allows(vdi):
+                raise pyfuse3.FUSEError(errno.EPERM)
+            file.source = self._disks.open(vdi, size=node.size)
+            keep_cache = vdi.is_a_snapshot or file.source.instant is not None
+            if file.source.files == 1:
+                self.failures.forget(node.name)
+        handle = self._new_handle()
+        self._files[handle] = file
+        return pyfuse3.FileInfo(fh=handle, keep_cache=keep_cache)
+
+    @_answered
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """Return bytes of an open file within the time limit."""
+        file = self._files[fh]
+        if file.source is None:
+            return file.node.content[off : off + size]
+        with self._waiting(file.pid):
+            data = await self._cache.read(file.source, offset=off, length=size)
+        # pyfuse3 takes any buffer, and copies it before anything else happens
+        return cast("bytes", data)
+
+    @_answered
+    async def release(self, fh: int) -> None:
+        """Close an open file."""
+        file = self._files.pop(fh)
+        if file.source is not None:
+            self._disks.close(file.source)
+
+    async def watch_readers(self) -> None:
+        """End the reads of killed processes, for ever.
+
+        A process that waits for an answer cannot die before it has one (unless the kernel reads
+        ahead for it), and pyfuse3 does not pass on that the kernel wants to interrupt a request.
+        Of a file that was handed to another process only the one who opened it is known.
+        """
+        while True:
+            await trio.sleep(WATCH_INTERVAL)
+            slow = trio.current_time() - WATCH_INTERVAL
+            for wait in [w for w in self._waits if w.since < slow and _is_killed(w.pid)]:
+                wait.killed = True
+                wait.scope.cancel()
+
+    @contextmanager
+    def _waiting(self, pid: int) -> Generator[None, None, None]:
+        """Bound what a read waits for."""
+        wait = _Wait(pid, trio.current_time())
+        wait.scope.deadline = wait.since + self._timeout
+        self._waits.add(wait)
+        try:
+            with wait.scope:
+                yield
+        finally:
+            self._waits.discard(wait)
+        if wait.killed:
+            raise pyfuse3.FUSEError(errno.EINTR)
+        if wait.scope.cancelled_caught:
+            limit = units.format_duration(self._timeout)
+            raise errors.ExportError(f"no answer from the pool within {limit}")
+
+    def _new_handle(self) -> int:
+        self._last_handle += 1
+        return self._last_handle
+
+    def _node(self, inode: int) -> Node:
+        try:
+            return self._tree.node(inode)
+        except errors.NotFound:
+            raise pyfuse3.FUSEError(errno.ESTALE) from None
+
+    def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
+        vdi = self._inventory.vdis.get(node.vdi_ref)
+        immutable = vdi is not None and vdi.is_a_snapshot
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = node.inode
+        entry.st_mode = _MODES[node.kind]
+        entry.st_nlink = node.nlink
+        entry.st_uid, entry.st_gid = self._owner
+        entry.st_size = node.size
+        entry.st_blocks = node.blocks
+        entry.st_blksize = units.MiB if vdi else 4 * units.KiB
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
+        entry.entry_timeout = NAME_TIMEOUT
+        entry.attr_timeout = SNAPSHOT_TIMEOUT if immutable else NAME_TIMEOUT
+        return entry
+
+    def _facts(self, node: Node) -> dict[bytes, bytes]:
+        vdi = self._inventory.vdis.get(node.vdi_ref)
+        facts: dict[str, str] = {}
+        if vdi is not None:
+            facts = _facts_of(vdi, self._inventory)
+        elif node.inode == pyfuse3.ROOT_INODE:
+            pool = self._inventory.pool
+            facts = {"pid": str(os.getpid()), "pool": pool.uuid, "version": __version__}
+        return {
+            f"{XATTR_PREFIX}{key}".encode(): value.encode("utf-8", "surrogateescape")
+            for key, value in facts.items()
+            if value
+        }
+
+
+def _facts_of(vdi: VDI, inventory: Inventory) -> dict[str, str]:
+    """Return what the extended attributes of a disk tell; "" is left out."""
+    sr = inventory.srs.get(vdi.sr_ref)
+    origin = inventory.vdis.get(vdi.snapshot_of) if vdi.is_a_snapshot else None
+    return {
+        "uuid": vdi.uuid,
+        "name": vdi.name,
+        "sr": sr.name if sr else "",
+        "sr_uuid": sr.uuid if sr else "",
+        "size": str(vdi.size),
+        "used": str(vdi.used),
+        "cbt_enabled": str(vdi.cbt_enabled).lower(),
+        "is_a_snapshot": str(vdi.is_a_snapshot).lower(),
+        "snapshot_of": origin.uuid if origin else "",
+        "snapshot_time": vdi.snapshot_time.isoformat() if vdi.is_a_snapshot else "",
+    }
+
+
+def _is_killed(pid: int) -> bool:
+    """Tell whether a process has a SIGKILL waiting for it (proc(5): SigPnd, ShdPnd)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False  # gone, or not visible from here
+    pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)

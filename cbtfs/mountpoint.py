@@ -1,0 +1,188 @@
+"""Mount points: where a file system may be mounted, what is mounted there, and taking it away.
+
+The kernel's own list, ``/proc/self/mountinfo`` (proc(5)), is asked rather than the directory: a
+mount whose process died answers nothing but ENOTCONN, and stays like that until it is unmounted. An
+empty directory in its place would let an ``rsync --delete`` wipe its target.
+"""
+
+import errno
+import os
+import re
+import select
+import shutil
+import subprocess
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import errors, units
+
+TYPE = "fuse.cbtfs"
+"""Type of our mounts in the kernel's list, and of ``mount -t``."""
+
+PID_XATTR = "user.cbtfs.pid"
+"""Extended attribute of a mount's root that names the process behind it."""
+
+ANSWER_LIMIT = 10.0
+"""Seconds that the process behind a mount gets to tell who it is."""
+
+END_LIMIT = 180.0
+"""Seconds that it gets, once unmounted, to close its connections and destroy its snapshots."""
+
+_MOUNTINFO = Path("/proc/self/mountinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """One line of the kernel's list; ``source`` of ours is ``cbtfs#POOL``."""
+
+    path: str
+    type: str
+    source: str
+
+
+def mounts() -> list[Mounted]:
+    """Return what is mounted, in the order in which it was: a later one hides an earlier."""
+    found: list[Mounted] = []
+    for line in _MOUNTINFO.read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        kind, source = after.split(" ")[:2]
+        found.append(Mounted(_unescape(before.split(" ")[4]), kind, _unescape(source)))
+    return found
+
+
+def find(path: Path) -> Mounted | None:
+    """Return what is mounted at ``path`` now, or None."""
+    return next((m for m in reversed(mounts()) if m.path == str(path)), None)
+
+
+def check(mountpoint: Path) -> Path:
+    """Return the absolute path of a directory on which a file system can be mounted.
+
+    Raises:
+        MountError: it cannot; the text says what to do about it.
+    """
+    path = mountpoint.resolve()
+    mounted = find(path)
+    if mounted is not None and mounted.type == TYPE:
+        state = "is mounted already" if _answers(path) else "is what a dead cbtfs left"
+        raise errors.MountError(f"{path} {state}; run: cbtfs umount {path}")
+    if mounted is not None:
+        raise errors.MountError(f"{path} has {mounted.type} mounted on it; use another directory")
+    try:
+        with os.scandir(path) as entries:
+            is_empty = next(entries, None) is None
+    except OSError as error:
+        raise errors.MountError(_why_not(path, error)) from error
+    if not is_empty:
+        raise errors.MountError(f"{path} is not empty and would be hidden; use an empty directory")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise errors.MountError(f"you may not write to {path}; use a directory of your own")
+    return path
+
+
+def check_fuse() -> None:
+    """Raise MountError with the remedy if this machine or this user cannot mount with FUSE."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise errors.MountError(
+            "/dev/fuse is missing or closed to you; run modprobe fuse as root, or give the"
+            " container the device"
+        )
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise errors.MountError("fusermount3 is not installed; install the package fuse3")
+
+
+def umount(mountpoint: Path) -> None:
+    """Unmount a cbtfs and wait until its process has cleaned up behind itself.
+
+    Also takes away what a cbtfs that died left.
+
+    Raises:
+        MountError: it is no cbtfs, it is in use, or its process does not end.
+    """
+    path = mountpoint.resolve()
+    mounted = find(path)
+    if mounted is None or mounted.type != TYPE:
+        what = f"{mounted.type} is mounted on it" if mounted else "nothing is mounted on it"
+        raise errors.MountError(f"{path} is no cbtfs: {what}")
+    pid = _pid_behind(path)
+    process = _open_process(pid) if pid else -1
+    try:
+        _unmount(path)
+        if process >= 0:
+            _await_end(process, pid)
+    finally:
+        if process >= 0:
+            os.close(process)
+
+
+def _unmount(path: Path) -> None:
+    program = shutil.which("fusermount3")
+    command = [program, "-u", "--"] if program else ["umount", "--"]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    said = " ".join(done.stderr.split())
+    if "busy" in said.lower():
+        raise errors.MountError(
+            f"{path} is in use; see by whom with: lsof {path} (a loop device: losetup -a)"
+        )
+    raise errors.MountError(f"{path} cannot be unmounted: {said}")
+
+
+def _await_end(process: int, pid: int) -> None:
+    """Wait until the process behind a descriptor of pidfd_open(2) has ended."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    if not poll.poll(END_LIMIT * 1000):
+        raise errors.MountError(
+            f"unmounted, but process {pid} still runs after {units.format_duration(END_LIMIT)};"
+            " its log says what it waits for"
+        )
+
+
+def _open_process(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # it has ended, or it is not visible from here
+        return -1
+
+
+def _pid_behind(path: Path) -> int:
+    """Return the process that serves a mount, 0 if it does not say."""
+    answers: list[bytes] = []
+
+    def ask() -> None:
+        with suppress(OSError):
+            answers.append(os.getxattr(path, PID_XATTR))
+
+    # a thread that can be left behind: of a process that hangs the answer never comes
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_LIMIT)
+    return int(answers[0]) if answers and answers[0].isdigit() else 0
+
+
+def _answers(path: Path) -> bool:
+    """Tell whether somebody serves the mount."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
+    return True
+
+
+def _why_not(path: Path, error: OSError) -> str:
+    reasons = {
+        errno.ENOENT: f"{path} does not exist; make it with: mkdir -p {path}",
+        errno.ENOTDIR: f"{path} is not a directory; use an empty one",
+        errno.EACCES: f"you may not read {path}; use a directory of your own",
+        errno.ENOTCONN: f"{path} is what a dead file system left; run: fusermount3 -u {path}",
+    }
+    return reasons.get(error.errno or 0, f"{path} cannot be used: {error.strerror}")
+
+
+def _unescape(text: str) -> str:
+    """Undo what proc(5) does to blanks: a backslash and three octal digits."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
