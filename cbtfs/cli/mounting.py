@@ -1,0 +1,86 @@
+"""``mount`` and ``umount``: a pool's disks as files."""
+
+from pathlib import Path
+from typing import Annotated
+
+import trio
+import typer
+
+from cbtfs import mount as mounts
+from cbtfs.mount import Backups, MountOptions
+
+from . import context as contexts, running
+from .context import Globals
+
+Mountpoint = Annotated[str, typer.Argument(metavar="MOUNTPOINT", help="An empty directory.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this module to ``app``."""
+    app.command(
+        "mount", epilog="Example: cbtfs mount /mnt/pool && cp /mnt/pool/by-vm/web1/xvda.raw ."
+    )(mount)
+    app.command("umount", epilog="Example: cbtfs umount /mnt/pool")(umount)
+
+
+def mount(
+    context: typer.Context,
+    mountpoint: Mountpoint,
+    *,
+    foreground: Annotated[
+        bool, typer.Option("-f", "--foreground", help="Stay in the foreground (for systemd).")
+    ] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-o",
+            metavar="OPTS",
+            help="live=snapshot|off, linger=60s, timeout=…, cache=256M, connections=N, allow_other.",
+        ),
+    ] = None,
+) -> None:
+    """Show every disk and snapshot of the pool as a file; return when it can be used."""
+    options = contexts.of(context)
+    text = ",".join(option or [])
+    chosen = MountOptions.parse(text)  # a mistake is told here, not in the background
+    if not foreground:
+        raise typer.Exit(mounts.start_background(_arguments(options, mountpoint, text)))
+    running.run(lambda: _serve(options, Path(mountpoint), chosen))
+
+
+def _arguments(options: Globals, mountpoint: str, text: str) -> list[str]:
+    """Return the command line of the process in the background: this one's, in the foreground."""
+    words = ["-q"] if options.quiet else ["-v"] * options.verbosity
+    for name, value in (
+        ("--config", options.config),
+        ("--pool", options.pool),
+        ("--store", options.store),
+    ):
+        words += [name, value] if value else []
+    words += ["mount", "--foreground"]
+    words += ["-o", text] if text else []
+    return [*words, "--", mountpoint]
+
+
+async def _serve(options: Globals, mountpoint: Path, chosen: MountOptions) -> None:
+    async with contexts.opened_pool(options) as pool:
+        inventory = await pool.inventory()
+        for problem in inventory.problems:
+            contexts.warn(problem)
+        backups = await trio.to_thread.run_sync(_backups, options)
+        await mounts.serve(
+            pool, inventory=inventory, mountpoint=mountpoint, options=chosen, backups=backups
+        )
+
+
+def _backups(options: Globals) -> Backups | None:
+    with contexts.store_if_any(options) as store:
+        if store is None:
+            return None
+        catalogue, _ = contexts.catalogue_of(store)
+        return Backups(catalogue, str(store.path.absolute()))
+
+
+def umount(mountpoint: Mountpoint) -> None:
+    """Unmount; return when connections and temporary snapshots are gone."""
+    mounts.umount(Path(mountpoint))

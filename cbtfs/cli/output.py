@@ -1,0 +1,114 @@
+r"""What commands print: tables for people, one JSON document for programs, sentences on stderr.
+
+Names come from a pool and are hostile: control characters, escape sequences, bidirectional
+overrides. In tables and sentences they are shown escaped (``\x1b``); JSON carries them exactly, in
+ASCII, so that neither can drive a terminal.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from rich.cells import cell_len, set_cell_size
+
+SCHEMA = 1
+"""Version of every JSON document that commands print."""
+
+_UNSAFE = re.compile(
+    # C0, DEL and C1; soft hyphen; zero-width and directional marks; line separators; directional
+    # embeddings, overrides and isolates; byte order mark; lone surrogates; tag characters
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+
+
+def safe(text: str) -> str:
+    """Return ``text`` with everything that could drive a terminal or mislead an eye escaped."""
+    if text.isascii() and text.isprintable():
+        return text
+    return _UNSAFE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+@dataclass(slots=True)
+class Table:
+    """Rows of text in columns.
+
+    Ten thousand rows must not take seconds, so this is our own and not rich's. On a terminal the
+    column named by ``flexible`` is cut to fit; in a pipe nothing is ever cut.
+
+    Args:
+        columns: headings; one that begins with ``>`` has its column aligned to the right.
+        flexible: index of the column that gives way on a narrow terminal, or None.
+    """
+
+    columns: Sequence[str]
+    flexible: int | None = None
+    rows: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
+
+    def add(self, *cells: str) -> None:
+        """Add a row; what the cells hold is made safe here."""
+        self.rows.append(tuple(safe(cell) for cell in cells))
+
+    def lines(self, *, width: int | None = None) -> list[str]:
+        """Return the lines, the heading first; ``width`` in cells is that of a terminal."""
+        heading = tuple(column.removeprefix(">") for column in self.columns)
+        widths = [max(map(_cells, column)) for column in zip(heading, *self.rows, strict=True)]
+        excess = sum(widths) + 2 * (len(widths) - 1) - (width or sys.maxsize)
+        if excess > 0 and self.flexible is not None:
+            widths[self.flexible] = max(8, widths[self.flexible] - excess)
+        right = [column.startswith(">") for column in self.columns]
+        return ["  ".join(map(_fit, row, widths, right)).rstrip() for row in (heading, *self.rows)]
+
+    def print(self) -> None:
+        """Print to stdout."""
+        terminal = sys.stdout.isatty()
+        heading, *lines = self.lines(width=shutil.get_terminal_size().columns if terminal else None)
+        if coloured(sys.stdout):
+            heading = f"{_BOLD}{heading}{_PLAIN}"
+        sys.stdout.write("\n".join((heading, *lines)) + "\n")
+
+
+def _cells(text: str) -> int:
+    return len(text) if text.isascii() else cell_len(text)
+
+
+def _fit(text: str, width: int, right: bool) -> str:  # for map()
+    length = _cells(text)
+    if length > width:
+        return set_cell_size(text, width - 1) + "…"
+    padding = " " * (width - length)
+    return padding + text if right else text + padding
+
+
+def coloured(stream: TextIO) -> bool:
+    """Tell whether to use colours: on a terminal that has some, unless NO_COLOR is set."""
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def line(text: str = "") -> None:
+    """Print a line to stdout; what of it came from a pool is the caller's to make safe."""
+    sys.stdout.write(f"{text}\n")
+
+
+def document(content: Mapping[str, object]) -> None:
+    """Print the one JSON document of a command, its schema first."""
+    json.dump({"schema": SCHEMA, **content}, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def note(text: str) -> None:
+    """Print a sentence to stderr, made safe."""
+    sys.stderr.write(f"cbtfs: {safe(text)}\n")

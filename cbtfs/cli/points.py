@@ -1,0 +1,170 @@
+"""``list`` and ``verify``: what a store has, and whether it is undamaged."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import msgspec
+import typer
+
+from cbtfs import damage, units
+from cbtfs.catalogue import Catalogue, Point, Reference, VMHistory
+from cbtfs.store import DiskResult, Store, VerifyResult
+
+from . import context as contexts, listing, output
+from .output import Table
+
+DAMAGED = 4
+"""Exit status when damage was found."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this module to ``app``."""
+    app.command("list", epilog="Example: cbtfs --store /srv/backup list --vm 'web*'")(list_points)
+    app.command("verify", epilog="Example: cbtfs verify web1/latest")(verify)
+
+
+# ── list ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def list_points(
+    context: typer.Context,
+    *,
+    vm: Annotated[
+        list[str] | None,
+        typer.Option("--vm", metavar="GLOB", help="Only VMs of this name or uuid."),
+    ] = None,
+) -> None:
+    """List the restore points in the store."""
+    options = contexts.of(context)
+    with contexts.opened_store(options) as store:
+        catalogue, _ = contexts.catalogue_of(store)
+        histories = listing.matching(catalogue.vms.values(), vm or [])
+        if options.json:
+            output.document({"store": _store_document(store), "vms": _document(histories)})
+        else:
+            _print(catalogue, histories)
+
+
+def _print(catalogue: Catalogue, histories: Sequence[VMHistory]) -> None:
+    table = Table(["POINT", ">DISKS", ">SIZE", ">READ", ">WRITTEN", "METHOD", "STATE"], flexible=0)
+    for history in histories:
+        for point in history.points:
+            table.add(
+                f"{_label(catalogue, history)}/{point.time}",
+                str(len(point.disks)),
+                units.format_size(sum(disk.size for disk in point.disks)),
+                units.format_size(sum(disk.bytes_read for disk in point.disks)),
+                units.format_size(sum(disk.bytes_written for disk in point.disks)),
+                ", ".join(sorted({_method(disk.method, disk.reason) for disk in point.disks})),
+                point.state,
+            )
+    table.print()
+
+
+def _label(catalogue: Catalogue, history: VMHistory) -> str:
+    """Return what to write for the VM in a POINT: its name if only it has that name."""
+    twins = [h for h in catalogue.vms.values() if h.name == history.name]
+    return history.name if len(twins) == 1 else history.uuid
+
+
+def _method(method: str, reason: str) -> str:
+    return method if reason in ("", "changed") else f"{method} ({reason})"
+
+
+def _store_document(store: Store) -> dict[str, object]:
+    return {"path": str(store.path), "uuid": store.uuid}
+
+
+def _document(histories: Sequence[VMHistory]) -> list[dict[str, object]]:
+    return [
+        {
+            "name": history.name,
+            "uuid": history.uuid,
+            "points": [msgspec.to_builtins(point) for point in history.points],
+        }
+        for history in histories
+    ]
+
+
+# ── verify ───────────────────────────────────────────────────────────────────────────────────
+
+
+def verify(
+    context: typer.Context,
+    points: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[POINT]...", help="VM/TIME or VM/TIME/DISK; nothing: all of them."),
+    ] = None,
+) -> None:
+    """Compare images with their digests; exit status 4 if one is damaged."""
+    options = contexts.of(context)
+    documents: list[dict[str, object]] = []
+    damaged = False
+    with contexts.opened_store(options) as store:
+        catalogue, _ = contexts.catalogue_of(store)
+        for reference in _references(catalogue, points or []):
+            result = store.verify(reference)
+            name = f"{_label(catalogue, reference.history)}/{result.point.time}"
+            damaged = damaged or any(disk.damage.found for disk in result.disks)
+            documents.append(_result_document(name, result))
+            if not options.json:
+                _print_result(name, result)
+    if options.json:
+        output.document({"damaged": damaged, "points": documents})
+    if damaged:
+        raise typer.Exit(DAMAGED)
+
+
+def _references(catalogue: Catalogue, points: Sequence[str]) -> Iterator[Reference]:
+    if points:
+        yield from [catalogue.resolve(text) for text in points]
+        return
+    for history in listing.matching(catalogue.vms.values(), []):
+        yield from (Reference(history, point) for point in history.points)
+
+
+def _print_result(name: str, result: VerifyResult) -> None:
+    for disk in result.disks:
+        where = output.safe(f"{name}/{disk.disk.device}")
+        output.line(f"{where}  {_verdict(disk.damage)}")
+        for extent in disk.damage.extents[:10]:
+            output.line(f"  damaged: bytes {extent.start} to {extent.stop}")
+        if len(disk.damage.extents) > 10:
+            output.line(f"  and {len(disk.damage.extents) - 10} more places; --json lists them")
+    for failure in result.point.failures:
+        output.line(output.safe(f"{name}/{failure.device}  not in this point: {failure.error}"))
+
+
+def _verdict(found: damage.Damage) -> str:
+    checked = units.format_size(found.checked)
+    if found.problem:
+        return f"DAMAGED: {output.safe(found.problem)}"
+    if found.blocks:
+        return f"DAMAGED: {found.blocks} blocks differ, {checked} checked"
+    return f"ok, {checked} checked"
+
+
+def _result_document(name: str, result: VerifyResult) -> dict[str, object]:
+    return {
+        "point": name,
+        "vm_uuid": result.point.vm_uuid,
+        "time": result.point.time,
+        "disks": [_disk_document(disk) for disk in result.disks],
+        "failures": _failures(result.point),
+    }
+
+
+def _disk_document(disk: DiskResult) -> dict[str, object]:
+    found = disk.damage
+    return {
+        "device": disk.disk.device,
+        "damaged": found.found,
+        "problem": found.problem,
+        "blocks": found.blocks,
+        "checked": found.checked,
+        "extents": [[extent.start, extent.stop] for extent in found.extents],
+    }
+
+
+def _failures(point: Point) -> list[object]:
+    return [msgspec.to_builtins(failure) for failure in point.failures]

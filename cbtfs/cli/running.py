@@ -1,0 +1,48 @@
+"""Running: the only ``trio.run()``, and what a signal does to it.
+
+SIGINT and SIGTERM cancel the work once; it cleans up behind itself and the command ends with 130
+or 143. A second signal ends the process at once.
+"""
+
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from cbtfs import errors
+
+_T = TypeVar("_T")
+
+
+def run(work: Callable[[], Awaitable[_T]]) -> _T:
+    """Return what ``work`` returns.
+
+    Raises:
+        Interrupted: a signal came first; the cleaning up is done.
+    """
+    return trio.run(_supervised, work)
+
+
+async def _supervised(work: Callable[[], Awaitable[_T]]) -> _T:
+    results: list[_T] = []
+    signals: list[int] = []
+    scope = trio.CancelScope()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_watch, received, scope, signals)
+            with scope:
+                results.append(await work())
+            nursery.cancel_scope.cancel()
+    if results:
+        return results[0]
+    raise errors.Interrupted(signals[0])
+
+
+async def _watch(received: AsyncIterator[int], scope: trio.CancelScope, signals: list[int]) -> None:
+    async for signum in received:
+        if signals:
+            os._exit(128 + signum)  # whoever asks twice does not want to wait for the cleaning up
+        signals.append(signum)
+        scope.cancel()

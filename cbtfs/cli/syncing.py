@@ -1,0 +1,334 @@
+"""``sync``: restore points for the jobs of the configuration, or for what the options select."""
+
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import typer
+
+from cbtfs import config, errors, plan as planning, progress, sync as syncs, units
+from cbtfs.inventory import VM, Inventory
+from cbtfs.plan import DiskPlan, VMPlan
+from cbtfs.pool import Pool
+from cbtfs.progress import Progress
+from cbtfs.store import Store
+from cbtfs.sync import Outcome, SyncOptions, Target
+
+from . import context as contexts, output, running
+from .context import Globals
+from .output import Table
+
+PARTIAL = 3
+"""Exit status when some disks or VMs failed and others did not."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this module to ``app``."""
+    app.command("sync", epilog="Example: cbtfs sync --vm 'web*' -n")(sync)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: where from and to (in ``options``), what, and how."""
+
+    options: Globals
+    vms: tuple[str, ...] = ()
+    vdis: tuple[str, ...] = ()
+    how: SyncOptions = field(default_factory=SyncOptions)
+
+
+def sync(  # noqa: PLR0913  # one parameter per option
+    context: typer.Context,
+    jobs: Annotated[
+        list[str] | None, typer.Argument(metavar="[JOB]...", help="Jobs of the configuration.")
+    ] = None,
+    *,
+    vm: Annotated[
+        list[str] | None,
+        typer.Option("--vm", metavar="GLOB", help="These VMs: name, uuid, tag:…, sr:…"),
+    ] = None,
+    vdi: Annotated[
+        list[str] | None, typer.Option("--vdi", metavar="UUID", help="This disk by itself.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Copy everything again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("-n", "--dry-run", help="Only print what would be done, and why.")
+    ] = False,
+    json_progress: Annotated[
+        bool, typer.Option("--json-progress", help="Progress as lines of JSON on stderr.")
+    ] = False,
+) -> None:
+    """Make restore points: full the first time, then only what changed."""
+    options = contexts.of(context)
+    how = SyncOptions(full=full)
+    runs = _runs(options, jobs or [], vms=vm or [], vdis=vdi or [], how=how)
+    if dry_run:
+        plans = running.run(lambda: _plan_all(runs))
+        _show_plans(options, plans)
+        return
+    kind = _progress_kind(options, as_json=json_progress)
+    outcomes = running.run(lambda: _run_all(runs, kind))
+    _show_outcomes(options, outcomes)
+    status = exit_status(outcomes)
+    if status:
+        raise typer.Exit(status)
+
+
+# ── What to do ───────────────────────────────────────────────────────────────────────────────
+
+
+def _runs(
+    options: Globals,
+    jobs: Sequence[str],
+    *,
+    vms: Sequence[str],
+    vdis: Sequence[str],
+    how: SyncOptions,
+) -> list[Run]:
+    if vms or vdis:
+        if jobs:
+            raise errors.UsageError("give jobs, or --vm and --vdi, not both")
+        return [Run(options, tuple(vms), tuple(vdis), how)]
+    configuration = options.configuration()
+    names = list(jobs) or list(configuration.jobs)
+    if not names:
+        raise errors.UsageError(
+            "nothing to sync: name a job of the configuration, or select VMs, such as --vm 'web*'"
+        )
+    runs: list[Run] = []
+    for name in names:
+        job = config.choose_job(configuration, name)
+        chosen = replace(
+            options, pool=options.pool or job.pool or None, store=options.store or job.store or None
+        )
+        runs.append(
+            Run(chosen, job.vms or ("*",), (), replace(how, exclude_disks=job.exclude_disks))
+        )
+    for warning in config.warnings(configuration):
+        contexts.warn(warning)
+    return runs
+
+
+def _targets(inventory: Inventory, run: Run) -> list[Target]:
+    chosen: list[Target] = []
+    if run.vms:
+        chosen += planning.select_vms(inventory, run.vms)
+    chosen += [inventory.vdi_by_uuid(uuid) for uuid in run.vdis]
+    return chosen
+
+
+@asynccontextmanager
+async def _opened(run: Run, store: Store | None) -> AsyncGenerator[tuple[Pool, Inventory]]:
+    async with contexts.opened_pool(run.options) as pool:
+        inventory = await pool.inventory()
+        for problem in (*inventory.problems, *(store.problems if store else ())):
+            contexts.warn(problem)
+        yield pool, inventory
+
+
+# ── -n ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a sync would do with a disk, and how much: None where only a snapshot could tell."""
+
+    disk: DiskPlan
+    changed: int | None
+    extents: int | None
+
+
+Planned = list[tuple[VMPlan, list[Forecast]]]
+
+
+async def _plan_all(runs: Sequence[Run]) -> Planned:
+    return [planned for run in runs for planned in await _plan(run)]
+
+
+async def _plan(run: Run) -> Planned:
+    with contexts.store_if_any(run.options) as store:
+        async with _opened(run, store) as (pool, inventory):
+            return [
+                (plan, [await _forecast(pool, inventory, disk) for disk in plan.disks])
+                for plan in _plans(inventory, store, run)
+            ]
+
+
+def _plans(inventory: Inventory, store: Store | None, run: Run) -> list[VMPlan]:
+    targets = _targets(inventory, run)
+    if store is not None:
+        return syncs.plan(inventory, store, targets, options=run.how)
+    return [_plan_of_nothing(inventory, target, run.how) for target in targets]
+
+
+def _plan_of_nothing(inventory: Inventory, target: Target, how: SyncOptions) -> VMPlan:
+    """Return the plan for a store that does not exist yet, which a dry run must not make."""
+    if isinstance(target, VM):
+        return planning.plan_vm(
+            inventory, target, None, store="", full=how.full, exclude=how.exclude_disks
+        )
+    return planning.plan_vdi(inventory, target, None, store="", full=how.full)
+
+
+async def _forecast(pool: Pool, inventory: Inventory, disk: DiskPlan) -> Forecast:
+    if disk.base is None:
+        vdi = inventory.vdis[disk.vdi_ref]
+        return Forecast(disk, min(vdi.used, vdi.size), None)
+    try:
+        bitmap = await pool.changed_blocks(disk.base.snapshot_ref, disk.vdi_ref, size=disk.size)
+    except errors.ChangesUnknown:  # the pool does not tell of a disk in use
+        return Forecast(disk, None, None)
+    return Forecast(disk, bitmap.changed_bytes, bitmap.extent_count())
+
+
+def _show_plans(options: Globals, plans: Planned) -> None:
+    if options.json:
+        output.document({"dry_run": True, "vms": [_plan_document(*item) for item in plans]})
+        return
+    table = Table(["DISK", "METHOD", "REASON", ">SIZE", ">TO READ", "WHY"], flexible=5)
+    for plan, disks in plans:
+        for forecast in disks:
+            disk = forecast.disk
+            table.add(
+                f"{plan.vm_name}/{disk.device}",
+                disk.method,
+                disk.reason,
+                units.format_size(disk.size),
+                _amount(forecast),
+                disk.detail,
+            )
+        for device, why in plan.skipped:
+            table.add(f"{plan.vm_name}/{device}", "skip", "", "", "", why)
+    table.print()
+
+
+def _amount(forecast: Forecast) -> str:
+    if forecast.changed is None:
+        return "changes"
+    size = units.format_size(forecast.changed)
+    if forecast.extents is None:
+        return f"about {size}"
+    return f"{size} in {forecast.extents} extents"
+
+
+def _plan_document(plan: VMPlan, disks: Sequence[Forecast]) -> dict[str, object]:
+    return {
+        "vm": plan.vm_name,
+        "uuid": plan.vm_uuid,
+        "disks": [
+            {
+                "device": forecast.disk.device,
+                "vdi_uuid": forecast.disk.vdi_uuid,
+                "method": forecast.disk.method,
+                "reason": forecast.disk.reason,
+                "detail": forecast.disk.detail,
+                "size": forecast.disk.size,
+                "base": forecast.disk.base.time if forecast.disk.base else None,
+                "bytes_changed": forecast.changed,
+                "extents": forecast.extents,
+            }
+            for forecast in disks
+        ],
+        "skipped": [{"device": device, "why": why} for device, why in plan.skipped],
+    }
+
+
+# ── The run ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _progress_kind(options: Globals, *, as_json: bool) -> progress.Kind:
+    kind: Literal["bar", "line", "json", "silent"]
+    if as_json:
+        kind = "json"
+    elif options.quiet:
+        kind = "silent"
+    else:
+        kind = "bar" if sys.stderr.isatty() else "line"
+    return kind
+
+
+async def _run_all(runs: Sequence[Run], kind: progress.Kind) -> list[Outcome]:
+    with progress.open_progress(kind, sys.stderr) as view:
+        return [outcome for run in runs for outcome in await _run(run, view)]
+
+
+async def _run(run: Run, view: Progress) -> list[Outcome]:
+    with contexts.opened_store(run.options, create=True) as store:
+        async with _opened(run, store) as (pool, inventory):
+            targets = _targets(inventory, run)
+            return await syncs.run(
+                pool, store, targets, inventory=inventory, progress=view, options=run.how
+            )
+
+
+def _show_outcomes(options: Globals, outcomes: Sequence[Outcome]) -> None:
+    for outcome in outcomes:
+        _show_problems(outcome)
+    if options.json:
+        output.document({"vms": [outcome_document(outcome) for outcome in outcomes]})
+        return
+    for outcome in outcomes:
+        if outcome.point is not None:
+            for disk in outcome.point.disks:
+                output.line(output.safe(progress.summary(f"{outcome.vm_name}/{disk.device}", disk)))
+
+
+def _show_problems(outcome: Outcome) -> None:
+    """Tell on stderr what failed; errors are told even with ``-q``."""
+    if outcome.error is not None:
+        output.note(f"{outcome.vm_name}: {outcome.error}")
+    for failure in outcome.point.failures if outcome.point else ():
+        output.note(f"{outcome.vm_name}/{failure.device}: {failure.error}")
+    for text in (*outcome.problems, *(outcome.point.warnings if outcome.point else ())):
+        contexts.warn(f"{outcome.vm_name}: {text}")
+
+
+def outcome_document(outcome: Outcome) -> dict[str, object]:
+    """Return what ``sync --json`` says of one VM."""
+    point = outcome.point
+    details = {disk.device: disk.detail for disk in outcome.plan.disks} if outcome.plan else {}
+    return {
+        "vm": outcome.vm_name,
+        "uuid": outcome.vm_uuid,
+        "point": point.time if point else None,
+        "state": point.state if point else "failed",
+        "disks": [
+            {
+                "device": disk.device,
+                "vdi_uuid": disk.vdi_uuid,
+                "snapshot_uuid": disk.snapshot_uuid,
+                "method": disk.method,
+                "reason": disk.reason,
+                "detail": details.get(disk.device, ""),
+                "base": disk.base or None,
+                "size": disk.size,
+                "extents": disk.extents,
+                "bytes_changed": disk.bytes_changed,
+                "bytes_read": disk.bytes_read,
+                "bytes_written": disk.bytes_written,
+                "seconds": disk.seconds,
+            }
+            for disk in (point.disks if point else ())
+        ],
+        "failures": [
+            {"device": failure.device, "vdi_uuid": failure.vdi_uuid, "error": failure.error}
+            for failure in (point.failures if point else ())
+        ],
+        "skipped": [
+            {"device": device, "why": why}
+            for device, why in (outcome.plan.skipped if outcome.plan else ())
+        ],
+        "error": str(outcome.error) if outcome.error else None,
+    }
+
+
+def exit_status(outcomes: Sequence[Outcome]) -> int:
+    """Return 0 if all is done, 3 if only some is, else the status of what went wrong."""
+    failed = [outcome.error for outcome in outcomes if outcome.error is not None]
+    partial = any(o.point is not None and o.point.state == "partial" for o in outcomes)
+    if partial or (failed and len(failed) < len(outcomes)):
+        return PARTIAL
+    statuses = {error.exit_code for error in failed}
+    return statuses.pop() if len(statuses) == 1 else int(bool(statuses))
