@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
+from typing import Self
 
 import trio
 
@@ -59,10 +60,14 @@ async def copy_disk(
     """
     begun = monotonic()
     work = await _decide(pool, disk, vdi)
+    try:
+        image = await trio.to_thread.run_sync(work.open_image, stage)
+    except errors.ImageDamaged as exc:
+        work = _Work.full(disk, vdi, reason=Reason.BASE_DAMAGED, detail=str(exc))
+        image = await trio.to_thread.run_sync(work.open_image, stage)
     told.progress.disk_started(
         told.key, method=work.disk.method, reason=work.disk.reason, total=work.bytes_changed
     )
-    image = await trio.to_thread.run_sync(work.open_image, stage)
     try:
         copier = Copier(
             lambda: _connect(pool, vdi), image, connections=connections, advanced=told.advanced
@@ -99,16 +104,14 @@ async def _decide(pool: Pool, disk: DiskPlan, vdi: VDI) -> "_Work":
     """Return what to copy of ``vdi``, the snapshot; all of it where the pool cannot tell."""
     base = disk.base
     if base is None:
-        return _Work(disk, vdi.size, None)
+        return _Work(disk, vdi.size)
     if vdi.size < base.disk.size:
         detail = f"the disk shrank since {base.time}"
-        fallen = planning.fall_back(disk, reason=Reason.RESIZED, detail=detail)
-        return _Work(fallen, vdi.size, None)
+        return _Work.full(disk, vdi, reason=Reason.RESIZED, detail=detail)
     try:
         changes = await pool.changed_blocks(base.snapshot_ref, vdi.ref, size=vdi.size)
     except errors.ChangesUnknown as exc:
-        fallen = planning.fall_back(disk, reason=Reason(exc.reason), detail=str(exc))
-        return _Work(fallen, vdi.size, None)
+        return _Work.full(disk, vdi, reason=Reason(exc.reason), detail=str(exc))
     return _Work(disk, vdi.size, changes)
 
 
@@ -129,7 +132,12 @@ class _Work:
 
     disk: DiskPlan
     size: int
-    changes: ChangeBitmap | None
+    changes: ChangeBitmap | None = None
+
+    @classmethod
+    def full(cls, disk: DiskPlan, vdi: VDI, *, reason: Reason, detail: str) -> Self:
+        """Return a full copy of ``vdi`` in place of the increment that was planned."""
+        return cls(planning.fall_back(disk, reason=reason, detail=detail), vdi.size)
 
     @property
     def base(self) -> Base | None:

@@ -198,13 +198,18 @@ class _VMRun:
     async def _clear(self, inventory: Inventory, names: Sequence[str]) -> None:
         """Remove what dead runs of this VM left; we hold its lock, so none of them is alive."""
         for name in names:
-            await self._pool.destroy_run_leftovers(self._target.ref, name)
+            await self._destroy_run(name)
         for leftover in self._store.leftovers(self._key):
             await trio.to_thread.run_sync(self._store.abandon, leftover)
         if isinstance(self._target, VM):
             self._problems += await snapshots.clear_vms(
                 self._pool, inventory, self._target, self._store.uuid
             )
+
+    async def _destroy_run(self, name: str) -> None:
+        """Destroy the snapshot called ``name``; its disks are tagged first, lest we die between."""
+        owner = _owner(self._store.uuid, time=name.split(" ")[1])
+        await self._pool.destroy_run_leftovers(self._target.ref, name, owner=owner)
 
     def _check_space(self, inventory: Inventory, plan: VMPlan) -> None:
         """Refuse early what cannot fit.
@@ -235,7 +240,7 @@ class _VMRun:
                 snapshot = await snapshots.take(self._pool, plan, naming)
                 for name in earlier:
                     # a run killed within VM.snapshot: the pool finished it only before ours
-                    await self._pool.destroy_run_leftovers(self._target.ref, name)
+                    await self._destroy_run(name)
                 point = await self._fill(plan, snapshot, stage, started=started)
             except BaseException:
                 await self._tidy(stage, naming)
@@ -317,7 +322,7 @@ class _VMRun:
         """Take back an unfinished point: the snapshot in the pool, then the files."""
         with trio.move_on_after(CLEANUP, shield=True):
             try:
-                await self._pool.destroy_run_leftovers(self._target.ref, naming.name)
+                await self._destroy_run(naming.name)
             except errors.CbtfsError as exc:
                 # the partial point stays, and with it the name: the next run tries again
                 self._problems.append(f"{exc}; the next sync of this VM tries again")
@@ -348,9 +353,13 @@ def _next_time(history: VMHistory | None, now: datetime) -> str:
 
 
 def _naming(time: str, store_uuid: str) -> Naming:
+    return Naming(f"cbtfs {time} {secrets.token_hex(8)}", _owner(store_uuid, time=time))
+
+
+def _owner(store_uuid: str, *, time: str) -> Owned:
     me = this_process()
-    owner = Owned(
-        self_uuid="",
+    return Owned(
+        self_uuid="",  # filled in with what is tagged
         role="base",
         store=store_uuid,
         point=time,
@@ -359,7 +368,6 @@ def _naming(time: str, store_uuid: str) -> Naming:
         boot=me.boot,
         starttime=me.starttime,
     )
-    return Naming(f"cbtfs {time} {secrets.token_hex(8)}", owner)
 
 
 def _intent(plan: VMPlan, naming: Naming) -> Intent:
@@ -372,4 +380,5 @@ def _intent(plan: VMPlan, naming: Naming) -> Intent:
         pid=owner.pid,
         host=owner.host,
         boot=owner.boot,
+        starttime=owner.starttime,
     )
