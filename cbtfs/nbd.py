@@ -27,7 +27,7 @@ from typing import Protocol
 import nbd as libnbd
 import trio
 
-from . import errors, tls
+from . import channel, errors, tls
 from .units import MiB
 
 logger = logging.getLogger(__name__)
@@ -376,11 +376,11 @@ async def _opened(
 ) -> tuple[socket.socket, Callable[[], None]]:
     """Return a connected socket that has yet to say hello, and what drops its connection."""
     if address.tls:
-        channel = await tls.open_channel(
+        peer = await channel.open_channel(
             address.host, address.port, cert_pem=address.cert_pem, subject=address.subject
         )
-        nursery.start_soon(channel.run)
-        return channel.socket, channel.close
+        nursery.start_soon(peer.run)
+        return peer.socket, peer.close
     stream = await trio.open_tcp_stream(address.host, address.port)
     sock = socket.socket(fileno=stream.socket.detach())
     twin = sock.dup()  # libnbd owns and closes the other

@@ -1,19 +1,10 @@
-"""Verified TLS: whom to believe, and a verified channel in front of libnbd.
-
-libnbd before 1.22 verifies nothing when it is given a socket, and checks the address, not the name,
-when it connects by itself. xapi's certificates carry neither the address of an NBD network nor a
-usable name for it, so TLS is done here, on every version, and libnbd reads plain bytes::
-
-    host:10809 ══ TCP ══ STARTTLS, TLS ══ relay thread ══ socketpair ══ libnbd
-               (only here is the peer's identity decided)
+"""Verified TLS: whom to believe, and how to shake hands without a socket.
 
 Rules of this file:
 
-1. The export name contains the session. Nothing that libnbd says leaves before the peer has shown
-   exactly the expected certificate. There is no path from "asked for TLS" to a plain connection.
-2. A wrong identity is ``AuthenticationFailed``; a connection that fails is ``OSError``, which the
+1. A wrong identity is ``AuthenticationFailed``; a connection that fails is ``OSError``, which the
    caller translates, because only it knows what another attempt would mean.
-3. A pinned certificate is the only trust anchor of its context. A leaf as anchor needs
+2. A pinned certificate is the only trust anchor of its context. A leaf as anchor needs
    ``VERIFY_X509_PARTIAL_CHAIN`` (default only since Python 3.13), and xapi's certificates lack the
    extensions that ``VERIFY_X509_STRICT`` (default since 3.13) asks for.
 """
@@ -21,11 +12,9 @@ Rules of this file:
 import hashlib
 import os
 import re
-import select
-import socket
 import ssl
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import cast
 
 import trio
@@ -34,22 +23,6 @@ from . import errors
 from .units import KiB
 
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
-
-# https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
-_GREETING = struct.Struct(">8s8sH")
-_OPTION = struct.Struct(">8sII")
-_REPLY = struct.Struct(">QIII")
-_NBDMAGIC = b"NBDMAGIC"
-_IHAVEOPT = b"IHAVEOPT"
-_REPLY_MAGIC = 0x3E889045565A9
-_FIXED_NEWSTYLE = 1
-_NO_ZEROES = 2
-_STARTTLS = 5
-_ACK = 1
-
-_CHUNK = 256 * KiB
-"""Bytes taken from TCP at a time: 16 full TLS records. Measured: 64 KiB costs a quarter of the
-throughput, 1 MiB gains nothing."""
 
 
 # ── whom to believe ──────────────────────────────────────────────────────────────────────────────
@@ -64,7 +37,7 @@ def pin(pem: str) -> ssl.SSLContext:
     context = _context()
     context.check_hostname = False
     try:
-        context.load_verify_locations(cadata=_first(pem))
+        context.load_verify_locations(cadata=first(pem))
     except ssl.SSLError as exc:
         raise errors.PoolError("the pool handed out a certificate that cannot be read") from exc
     return context
@@ -95,7 +68,7 @@ def ca(ca_file: str = "") -> ssl.SSLContext:
 def fingerprint(certificate: str | bytes) -> str:
     """Return ``sha256:HEX`` of a certificate in PEM or DER."""
     der = (
-        ssl.PEM_cert_to_DER_cert(_first(certificate))
+        ssl.PEM_cert_to_DER_cert(first(certificate))
         if isinstance(certificate, str)
         else (certificate)
     )
@@ -126,7 +99,12 @@ def _context() -> ssl.SSLContext:
     return context
 
 
-def _first(pem: str) -> str:
+def first(pem: str) -> str:
+    """Return the first certificate in ``pem``; a host's own comes first in a chain.
+
+    Raises:
+        PoolError: there is none.
+    """
     match = _PEM.search(pem)
     if match is None:
         raise errors.PoolError("the pool handed out a certificate that cannot be read")
@@ -159,12 +137,12 @@ async def probe(host: str, port: int, *, context: ssl.SSLContext) -> str:
         AuthenticationFailed: ``context`` does not accept the certificate.
     """
     async with await trio.open_tcp_stream(host, port) as stream:
-        session = _TlsSession(context, host)
-        await session.handshake(stream, peer=f"{host}:{port}")
+        session = Handshake(context, host)
+        await session.run(stream, peer=f"{host}:{port}")
     return ssl.DER_cert_to_PEM_cert(session.certificate())
 
 
-class _TlsSession:
+class Handshake:
     """TLS without a socket: ``incoming`` takes what came from the wire, ``outgoing`` gives."""
 
     def __init__(self, context: ssl.SSLContext, name: str) -> None:
@@ -173,16 +151,24 @@ class _TlsSession:
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=_sni(name))
 
     def certificate(self) -> bytes:
+        """Return the peer's certificate as DER, verified or not."""
         return self.tls.getpeercert(binary_form=True) or b""
 
-    async def handshake(self, stream: trio.SocketStream, *, peer: str) -> None:
-        while not self._step(peer):
+    async def run(self, stream: trio.SocketStream, *, peer: str) -> None:
+        """Shake hands over ``stream``; ``peer`` is its name in messages.
+
+        Raises:
+            AuthenticationFailed: the certificate is not accepted, or the peer does not do TLS.
+            OSError: the connection was closed.
+        """
+        with broken_is_oserror(peer):
+            while not self._step(peer):
+                await stream.send_all(self.outgoing.read())
+                data = await stream.receive_some(64 * KiB)
+                if not data:
+                    raise ConnectionAbortedError(f"{peer} hung up in the TLS handshake")
+                self.incoming.write(data)
             await stream.send_all(self.outgoing.read())
-            data = await stream.receive_some(64 * KiB)
-            if not data:
-                raise ConnectionAbortedError(f"{peer} closed the connection in the TLS handshake")
-            self.incoming.write(data)
-        await stream.send_all(self.outgoing.read())
 
     def _step(self, peer: str) -> bool:
         try:
@@ -206,227 +192,13 @@ def _sni(name: str) -> str | None:
     return name if ok and len(name) < 254 else None
 
 
-# ── the channel for NBD ──────────────────────────────────────────────────────────────────────────
-
-
-class Channel:
-    """A verified connection to an NBD server, seen as a plain socket that has yet to say hello.
-
-    ``socket`` is the end for libnbd, which takes it over. ``run`` moves the bytes; ``close`` ends
-    both sides, at once and from any thread.
-    """
-
-    def __init__(self, stream: trio.SocketStream, session: _TlsSession, *, flags: int) -> None:
-        self.socket, self._pair = socket.socketpair()
-        self._session = session
-        self._flags = struct.pack(">I", flags)
-        # the relay's thread blocks; trio's sockets do not
-        self._tcp = socket.socket(fileno=stream.socket.detach())
-        self._tcp.setblocking(True)
-        self._pair.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * _CHUNK)
-        # libnbd begins with a greeting; the host has said its own already
-        self._pair.sendall(_GREETING.pack(_NBDMAGIC, _IHAVEOPT, flags))
-
-    async def run(self) -> None:
-        """Relay until one side ends. If cancelled, the connection is closed."""
-        try:
-            await trio.to_thread.run_sync(
-                self._relay, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-            )
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Close both sides; a relay under way ends by itself."""
-        for sock in (self._pair, self._tcp):
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # the other side was faster
-
-    def _relay(self) -> None:
-        with self._pair, self._tcp:
-            try:
-                if self._received_flags():
-                    _Relay(self._tcp, self._pair, self._session).run()
-            except OSError:
-                return  # libnbd sees the end of its socket and says what that means to it
-
-    def _received_flags(self) -> bool:
-        """Swallow the flags with which libnbd answers the greeting: the host has them already."""
-        told = b""
-        while len(told) < len(self._flags):
-            part = self._pair.recv(len(self._flags) - len(told))
-            if not part:
-                return False
-            told += part
-        return told == self._flags
-
-
-async def open_channel(host: str, port: int, *, cert_pem: str, subject: str) -> Channel:
-    """Connect to an NBD server, do STARTTLS, and verify that it is the owner of ``cert_pem``.
-
-    Args:
-        host: address to connect to.
-        port: its NBD port.
-        cert_pem: the certificate that the pool says this host has.
-        subject: the name that the pool says is in it.
-
-    Returns:
-        A channel; the caller runs and closes it.
-
-    Raises:
-        AuthenticationFailed: the peer does not do TLS, or is not the owner of the certificate;
-            it has been told nothing.
-        OSError: nobody answers, or the connection was closed.
-    """
-    peer = f"{host}:{port}"
-    context = pin(cert_pem)
-    stream = await trio.open_tcp_stream(host, port)
+@contextmanager
+def broken_is_oserror(peer: str) -> Generator[None]:
+    """Turn trio's word for a broken connection to ``peer`` back into the OSError it was."""
     try:
-        flags = await _starttls(stream, peer=peer)
-        session = _TlsSession(context, subject)
-        await session.handshake(stream, peer=peer)
-        _check_identity(session, cert_pem=cert_pem, subject=subject, peer=peer)
-        return Channel(stream, session, flags=flags)
-    except BaseException:
-        with trio.CancelScope(shield=True):
-            await trio.aclose_forcefully(stream)
-        raise
-
-
-async def _starttls(stream: trio.SocketStream, *, peer: str) -> int:
-    """Ask for TLS; return the handshake flags agreed on before it."""
-    magic, style, offered = _GREETING.unpack(await _exactly(stream, _GREETING.size, peer=peer))
-    if magic != _NBDMAGIC or style != _IHAVEOPT or not offered & _FIXED_NEWSTYLE:
-        raise errors.AuthenticationFailed(f"{peer} does not offer NBD with TLS; {_ASK_ADMIN}")
-    flags = int(offered) & (_FIXED_NEWSTYLE | _NO_ZEROES)
-
-    await stream.send_all(struct.pack(">I", flags) + _OPTION.pack(_IHAVEOPT, _STARTTLS, 0))
-    reply = _REPLY.unpack(await _exactly(stream, _REPLY.size, peer=peer))
-
-    # anything but a bare ACK is a refusal; what follows the ACK is read by TLS alone, so bytes
-    # slipped in before the handshake make it fail
-    if reply != (_REPLY_MAGIC, _STARTTLS, _ACK, 0):
-        raise errors.AuthenticationFailed(f"{peer} refuses TLS; {_ASK_ADMIN}")
-    return flags
-
-
-_ASK_ADMIN = (
-    "the pool's network has the purpose nbd, which means TLS, so this is an impostor, or the "
-    "purpose changed a moment ago and xapi-nbd has yet to follow"
-)
-
-
-async def _exactly(stream: trio.SocketStream, length: int, *, peer: str) -> bytes:
-    told = b""
-    while len(told) < length:
-        part = await stream.receive_some(length - len(told))
-        if not part:
-            raise ConnectionAbortedError(f"{peer} closed the connection before TLS")
-        told += part
-    return told
-
-
-def _check_identity(session: _TlsSession, *, cert_pem: str, subject: str, peer: str) -> None:
-    """Raise unless the peer showed that very certificate, and it carries ``subject``."""
-    if session.certificate() != ssl.PEM_cert_to_DER_cert(_first(cert_pem)):
-        raise errors.AuthenticationFailed(
-            f"{peer} shows another certificate than the pool says it has; if it was renewed, "
-            "restart xapi-nbd on that host"
-        )
-    if not _names(session.tls.getpeercert() or {}, subject):
-        raise errors.AuthenticationFailed(
-            f"the certificate of {peer} is not for {subject}, as the pool says it is"
-        )
-
-
-def _names(certificate: Mapping[str, object], subject: str) -> bool:
-    """Tell whether ``subject`` is a name of the certificate; one without names has every name.
-
-    xapi reports the base of a wildcard name, and the host's own name where the certificate has
-    none (xen-api, ocaml/xapi/xapi_vdi.ml, get_nbd_info). Such a certificate proves itself by being
-    equal to the one the pool told.
-    """
-    pairs = cast(Iterable[tuple[str, str]], certificate.get("subjectAltName", ()))
-    names = [value.lower() for kind, value in pairs if kind in {"DNS", "IP Address"}]
-    dns = [name for name in names if not name.startswith("*.")]
-    wanted = subject.lower()
-    wild = wanted.partition(".")[2]
-    return not dns or wanted in names or f"*.{wanted}" in names or f"*.{wild}" in names
-
-
-class _Relay:
-    """Moves bytes between TLS on ``tcp`` and plain on ``pair``, in one thread.
-
-    It decrypts through memory buffers rather than an ``SSLSocket``: that reads the wire with one
-    call for many records, where OpenSSL takes two for each. Requests are 28 bytes, and a few dozen
-    at most are under way, so sending them never waits for replies to be taken.
-    """
-
-    def __init__(self, tcp: socket.socket, pair: socket.socket, session: _TlsSession) -> None:
-        self._tcp = tcp
-        self._pair = pair
-        self._session = session
-        self._wire = memoryview(bytearray(_CHUNK))
-        self._plain = memoryview(bytearray(_CHUNK))
-
-    def run(self) -> None:
-        """Relay until the host ends the connection.
-
-        When libnbd ends its side first (it has said that it disconnects), the host's end is still
-        awaited: xapi-nbd closes only when the disk is detached.
-        """
-        poller = select.poll()
-        poller.register(self._tcp, select.POLLIN)
-        poller.register(self._pair, select.POLLIN)
-        alive = self._deliver()  # the handshake may have read further
-        while alive:
-            ready = {fd for fd, _ in poller.poll()}
-            if self._pair.fileno() in ready and not self._send_requests():
-                poller.unregister(self._pair)
-            if self._tcp.fileno() in ready:
-                alive = self._receive()
-
-    def _send_requests(self) -> bool:
-        data = self._pair.recv(64 * KiB)
-        if data:
-            self._session.tls.write(data)
-            self._flush()
-        return bool(data)
-
-    def _receive(self) -> bool:
-        count = self._tcp.recv_into(self._wire)
-        if not count:
-            return False
-        self._session.incoming.write(self._wire[:count])
-        return self._deliver()
-
-    def _deliver(self) -> bool:
-        """Hand all decrypted bytes to libnbd; return whether more may come."""
-        read, plain = self._session.tls.read, self._plain
-        alive, filled = True, 0
-        while alive:
-            if filled == len(plain):
-                self._pair.sendall(plain)
-                filled = 0
-            try:
-                # given a buffer, it returns a count; some type stubs say bytes
-                count = int(read(len(plain) - filled, plain[filled:]))
-            except ssl.SSLWantReadError:
-                break
-            except ssl.SSLZeroReturnError:
-                count = 0
-            alive = bool(count)
-            filled += count
-        if filled:
-            self._pair.sendall(plain[:filled])
-        self._flush()
-        return alive
-
-    def _flush(self) -> None:
-        if self._session.outgoing.pending:
-            self._tcp.sendall(self._session.outgoing.read())
+        yield
+    except trio.BrokenResourceError as exc:
+        raise ConnectionResetError(f"{peer} hung up") from exc
 
 
 def explain(exc: OSError) -> str:

@@ -139,11 +139,14 @@ class Session:
         """Return the JSON of ``<class>.get_all_records`` of each class: a map of ref to record."""
         return {name: await self._fetch_raw(f"{name}.get_all_records") for name in classes}
 
-    async def call_async(self, method: str, *args: object) -> str:
+    async def call_async(
+        self, method: str, *args: object, undo: Callable[[str], Awaitable[None]] | None = None
+    ) -> str:
         """Run ``Async.<method>`` to its end and return its result, a reference or text.
 
-        Its task is destroyed afterwards. If cancelled, the task is cancelled at the pool first, as
-        far as the pool can still do that.
+        Its task is destroyed afterwards. If cancelled, the task is cancelled at the pool, as far as
+        that is still possible there; if it came to a result all the same, ``undo`` is given it. The
+        pool gets ten seconds for this.
 
         Raises:
             XapiFailure: xapi refused, at once or in the end.
@@ -156,10 +159,12 @@ class Session:
         try:
             return await self._outcome(task, method)
         except trio.Cancelled:
-            await self._tidy("task.cancel", task)
+            with trio.move_on_after(_CLEANUP, shield=True):
+                await self._cancelled(task, method, undo)
             raise
         finally:
-            await self._tidy("task.destroy", task)
+            with trio.move_on_after(_CLEANUP, shield=True):
+                await self._quietly(self.call("task.destroy", task))
 
     async def export_metadata(self, vm_uuid: str) -> bytes:
         """Return the tar that ``/export_metadata`` makes of a VM, without its snapshots.
@@ -193,12 +198,19 @@ class Session:
         code, *params = told or ["TASK_CANCELLED"]
         raise errors.XapiFailure(code, tuple(params), method=method)
 
-    async def _tidy(self, method: str, task: str) -> None:
-        with trio.move_on_after(_CLEANUP, shield=True):
-            try:
-                await self.call(method, task)
-            except errors.PoolError as exc:
-                logger.debug("%s: %s", method, exc)  # a completed task goes away by itself
+    async def _cancelled(
+        self, task: str, method: str, undo: Callable[[str], Awaitable[None]] | None
+    ) -> None:
+        await self._quietly(self.call("task.cancel", task))
+        if undo is not None:
+            with suppress(errors.XapiFailure):  # no result: the cancel came in time
+                await self._quietly(undo(await self._outcome(task, method)))
+
+    async def _quietly(self, cleanup: Awaitable[object]) -> None:
+        try:
+            await cleanup
+        except errors.CbtfsError as exc:
+            logger.info("cleaning up: %s", exc)  # xapi forgets a completed task by itself
 
     # ── surviving expiry, redirects and dead hosts ───────────────────────────────────────────────
 
@@ -289,14 +301,15 @@ class Session:
         found: dict[str, str] = {}
 
         async def ask(ref: str, address: str) -> None:
+            if not address:
+                return
             with suppress(errors.PoolError):  # a host that is down: its old one still counts
                 found[address] = await self.fetch("host.get_server_certificate", ref, type=str)
 
         with trio.move_on_after(_CLEANUP):
             async with trio.open_nursery() as nursery:
                 for ref, host in hosts.items():
-                    if host.address:
-                        nursery.start_soon(ask, ref, host.address)
+                    nursery.start_soon(ask, ref, host.address)
         self._peers.learn(found)
 
     async def keep_alive(self) -> None:
