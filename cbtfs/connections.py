@@ -62,6 +62,14 @@ class _Connection:
         if not self.ready.is_set():  # nothing to say goodbye to yet
             self.task.cancel()
 
+    def why_not(self) -> Exception:
+        """Return why it could not be made; a pool has made several attempts before it says so."""
+        if self.error is None:
+            return errors.ExportError("the connection was closed")
+        if isinstance(self.error, errors.ExportLost):
+            return errors.ExportError(str(self.error))
+        return self.error
+
 
 class Connections:
     """The connections of one mount, by VDI reference.
@@ -93,14 +101,14 @@ class Connections:
         If cancelled while it is being made, it is made all the same, for the next.
 
         Raises:
-            CbtfsError: it could not be made.
+            CbtfsError: it could not be made; not ``ExportLost``, which means a fresh one may work.
         """
         connection = await self._find(ref)
         connection.users += 1
         try:
             await connection.ready.wait()
             if connection.export is None:
-                raise connection.error or errors.ExportError("the connection was closed")
+                raise connection.why_not()
             yield connection.export
         except errors.ExportLost:
             connection.end()

@@ -131,6 +131,16 @@ class Source:
         """
         await self.disks.fill(self, buffer, offset)
 
+    async def wait_gone(self) -> None:
+        """Wait until everything it held is given back."""
+        if self.instant is not None:
+            await self.instant.gone.wait()
+
+    def give_up(self) -> None:
+        """Abandon whatever it still holds."""
+        if self.instant is not None:
+            self.instant.task.cancel()
+
 
 class Disks:
     """The sources of one mount.
@@ -193,6 +203,8 @@ class Disks:
         Raises:
             CbtfsError: the snapshot could not be taken, or the disk not be read.
         """
+        if self._ended:
+            raise errors.ExportError("the mount is ending")
         instant = source.instant or self._start(source)
         await instant.ready.wait()
         if instant.error is not None:
@@ -208,26 +220,27 @@ class Disks:
         await self._read(instant.ref, buffer, offset)
 
     async def end(self) -> None:
-        """Close all connections and destroy all snapshots, as far as the pool lets us in time."""
+        """Close all connections and destroy all snapshots, as far as the pool lets us in time.
+
+        Not to be cancelled, but bounded.
+        """
         self._ended = True
-        with trio.move_on_after(CLOSE_LIMIT + DESTROY_LIMIT):
-            for source in list(self._running):
+        running = list(self._running)
+        with trio.CancelScope(shield=True):
+            for source in running:
                 source.idle.cancel()
-            for source in list(self._running):
-                if source.instant is not None:
-                    await source.instant.gone.wait()
-        for source in self._running:
-            if source.instant is not None:
-                source.instant.task.cancel()
-        await self._connections.close_all()
+            with trio.move_on_after(CLOSE_LIMIT + DESTROY_LIMIT):
+                for source in running:
+                    await source.wait_gone()
+            for source in running:
+                source.give_up()
+            await self._connections.close_all()
 
     async def _read(self, ref: str, buffer: memoryview | bytearray, offset: int) -> None:
         async with self._connections.use(ref) as export:
             await export.read_into(buffer, offset)
 
     def _start(self, source: Source) -> _Instant:
-        if self._ended:
-            raise errors.ExportError("the mount is ending")
         if source.previous is not None:
             source.previous.idle.cancel()
             source.previous = None
@@ -288,14 +301,17 @@ async def open_disks(
 ) -> AsyncGenerator[Disks, None]:
     """Yield the disks of ``pool``; on exit connections are closed and snapshots destroyed."""
     options = options or DiskOptions()
-    async with trio.open_nursery() as nursery:
-        connections = Connections(pool, nursery, limit=options.connections)
-        disks = Disks(pool, connections, nursery, options=options)
-        try:
-            yield disks
-        finally:
-            with trio.CancelScope(shield=True):  # bounded by the limits of this file
+    try:
+        async with trio.open_nursery() as nursery:
+            connections = Connections(pool, nursery, limit=options.connections)
+            disks = Disks(pool, connections, nursery, options=options)
+            try:
+                yield disks
+            finally:
                 await disks.end()
+    except BaseExceptionGroup as group:
+        # no task of ours raises anything: this is what the body raised, wrapped by the nursery
+        raise group.exceptions[0] from None
 
 
 async def remove_leftovers(pool: Pool, inventory: Inventory) -> None:

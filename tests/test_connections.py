@@ -1,0 +1,182 @@
+"""Tests of cbtfs.connections: one connection per VDI, bounded, closed in good order."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+import trio.testing
+
+from cbtfs import errors
+from cbtfs.connections import Connections
+from tests import memory
+from tests.memory import MemoryExport, MemoryPool
+
+
+@dataclass
+class GatedPool(MemoryPool):
+    """A pool whose connections take until ``gate`` is open, to open and to close."""
+
+    gate: trio.Event = field(default_factory=trio.Event)
+    refusal: str = ""
+
+    @asynccontextmanager
+    async def open_export(self, vdi_ref: str) -> AsyncGenerator[MemoryExport, None]:
+        await self.gate.wait()
+        if self.refusal:
+            raise errors.ExportLost(self.refusal)
+        async with super().open_export(vdi_ref) as export:
+            yield export
+            await self.gate.wait()
+
+
+REFS = ["a", "b", "c", "d"]
+
+
+@pytest.fixture
+def pool() -> GatedPool:
+    pool = GatedPool({ref: bytearray(ref.encode() * 8) for ref in REFS})
+    pool.gate.set()
+    return pool
+
+
+@pytest.fixture
+async def connections(pool: GatedPool) -> AsyncIterator[Connections]:
+    async with trio.open_nursery() as nursery:
+        connections = Connections(pool, nursery, limit=2)
+        yield connections
+        pool.gate.set()
+        await connections.close_all()
+
+
+async def read(connections: Connections, ref: str) -> bytes:
+    buffer = bytearray(4)
+    async with connections.use(ref) as export:
+        await export.read_into(buffer, 0)
+    return bytes(buffer)
+
+
+async def test_one_connection_serves_all_reads(pool: GatedPool, connections: Connections) -> None:
+    for _ in range(3):
+        assert await read(connections, "a") == b"aaaa"
+
+    assert pool.opened == {"a": 1}
+    assert pool.open_now == {"a"}
+
+
+async def test_many_first_reads_make_one_connection(
+    pool: GatedPool, connections: Connections
+) -> None:
+    pool.gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(read, connections, "a")
+        await trio.testing.wait_all_tasks_blocked()
+        pool.gate.set()
+
+    assert pool.opened == {"a": 1}
+
+
+async def test_close_returns_when_the_host_is_done(
+    pool: GatedPool, connections: Connections
+) -> None:
+    await read(connections, "a")
+    await connections.close("a")
+    await connections.close("a")
+
+    assert pool.open_now == set()
+    assert await read(connections, "a") == b"aaaa"
+
+
+async def test_the_longest_idle_gives_way(
+    pool: GatedPool, connections: Connections, autojump_clock: trio.abc.Clock
+) -> None:
+    for ref in ("a", "b", "a", "c"):
+        await read(connections, ref)
+        await trio.sleep(1)
+
+    assert pool.open_now == {"a", "c"}
+    assert pool.most_open == 2
+
+
+async def test_a_busy_connection_is_waited_for(pool: GatedPool, connections: Connections) -> None:
+    async with trio.open_nursery() as nursery:
+        async with connections.use("a"), connections.use("b"):
+            nursery.start_soon(read, connections, "c")
+            await trio.testing.wait_all_tasks_blocked()
+            assert pool.open_now == {"a", "b"}
+
+    assert "c" in pool.open_now
+    assert pool.most_open == 2
+
+
+async def test_a_lost_connection_is_not_used_again(
+    pool: GatedPool, connections: Connections
+) -> None:
+    pool.lost.append("gone")
+
+    with pytest.raises(errors.ExportLost):
+        await read(connections, "a")
+
+    assert await read(connections, "a") == b"aaaa"
+    assert pool.opened == {"a": 2}
+
+
+async def test_a_connection_that_cannot_be_made_tells_why_each_time(
+    connections: Connections,
+) -> None:
+    for _ in range(2):
+        with pytest.raises(errors.PoolError, match="no VDI nothing"):
+            await read(connections, "nothing")
+
+
+async def test_one_that_was_refused_is_not_called_lost(
+    pool: GatedPool, connections: Connections
+) -> None:
+    pool.refusal = "no host let us connect"
+
+    with pytest.raises(errors.ExportError, match="no host") as caught:
+        await read(connections, "a")
+    assert not isinstance(caught.value, errors.ExportLost)
+
+
+async def test_one_made_for_a_cancelled_reader_serves_the_next(
+    pool: GatedPool, connections: Connections
+) -> None:
+    pool.gate = trio.Event()
+    with trio.move_on_after(0):
+        await read(connections, "a")
+    pool.gate.set()
+
+    assert await read(connections, "a") == b"aaaa"
+    assert pool.opened == {"a": 1}
+
+
+async def test_closing_gives_up_what_was_not_yet_made(
+    pool: GatedPool, connections: Connections
+) -> None:
+    pool.gate = trio.Event()
+    with trio.move_on_after(0):
+        await read(connections, "a")
+
+    await connections.close_all()
+
+    assert pool.opened == {}
+    assert repr(connections) == "<Connections 0 of 2, 0 busy>"
+
+
+async def test_a_host_that_never_lets_go_is_left(
+    pool: GatedPool, connections: Connections, autojump_clock: trio.abc.Clock
+) -> None:
+    await read(connections, "a")
+    pool.gate = trio.Event()
+
+    await connections.close("a")
+    await trio.testing.wait_all_tasks_blocked()
+
+    assert pool.open_now == set()
+
+
+def test_the_pool_in_memory_counts() -> None:
+    assert memory.filled(8192)[:4096] != memory.filled(8192)[4096:]
