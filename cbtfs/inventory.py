@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Protocol, TypeVar
 
-from . import errors, rawrecords
+from . import errors, names, rawrecords
 from .owner import TAG_OWNER, Owned, read_owner, write_owner
 from .records import EPOCH, PIF, READABLE_TYPES, SR, VBD, VDI, VM, Disk, Host, Network, Pool
 
@@ -84,25 +84,18 @@ class Inventory:
     def disks_of(self, vm: VM) -> list[Disk]:
         """Return the disks of ``vm`` by device: no CDs, no empty drives, only managed VDIs.
 
-        Should two have one device name, both get ``~`` and 8 hex digits of their VDI's uuid.
+        Should two have one device name, both get digits of their uuids, as files in the mount do.
+        A VDI that is there twice counts once.
         """
-        pairs: list[tuple[VBD, VDI]] = []
+        found: dict[str, tuple[VBD, VDI]] = {}
         for ref in vm.vbd_refs:
             vbd = self.vbds.get(ref)
             vdi = self.vdis.get(vbd.vdi_ref) if vbd else None
             if vbd and vdi and vbd.type == "Disk" and not vbd.empty and vdi.managed:
-                pairs.append((vbd, vdi))
-        devices = [vbd.device for vbd, _ in pairs]
-        disks = {
-            device: Disk(device, vbd, vdi)
-            for vbd, vdi in pairs
-            for device in [
-                vbd.device
-                if devices.count(vbd.device) == 1
-                else f"{vbd.device}~{vdi.uuid.replace('-', '')[:8]}"
-            ]
-        }
-        return sorted(disks.values(), key=lambda disk: (len(disk.device), disk.device))
+                found.setdefault(vdi.uuid, (vbd, vdi))
+        devices = names.safe_names([(uuid, vbd.device) for uuid, (vbd, _) in found.items()])
+        disks = [Disk(devices[uuid], vbd, vdi) for uuid, (vbd, vdi) in found.items()]
+        return sorted(disks, key=lambda disk: (len(disk.device), disk.device))
 
     def snapshots_of(self, vdi: VDI) -> list[VDI]:
         """Return the snapshots of ``vdi``, oldest first, those without data among them."""

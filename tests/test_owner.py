@@ -1,0 +1,57 @@
+"""Only an object whose own tag it is counts as ours."""
+
+import pytest
+from hypothesis import given, strategies as st
+
+from cbtfs import owner
+from cbtfs.owner import Owned
+
+OWNED = Owned(
+    self_uuid="u1",
+    role="base",
+    store="s",
+    point="20261122T020000Z",
+    host="backup1",
+    pid=42,
+    boot="b",
+    starttime=7,
+)
+
+
+def test_a_tag_is_read_as_it_was_written() -> None:
+    other_config = {"k": "v", owner.TAG_OWNER: owner.write_owner(OWNED)}
+
+    assert owner.read_owner(other_config, "u1") == OWNED
+
+
+def test_the_form_is_documented_json() -> None:
+    assert owner.write_owner(Owned(self_uuid="u1", role="live")) == (
+        '{"self":"u1","role":"live","store":"","point":"","host":"","pid":0,"boot":"","starttime":0}'
+    )
+
+
+def test_a_copied_tag_counts_for_nothing() -> None:
+    assert owner.read_owner({owner.TAG_OWNER: owner.write_owner(OWNED)}, "u2") is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "null", "[]", "{}", '{"self":"u1"}', '{"self":7,"role":"base"}', "\ud800", "[" * 100_000],
+)
+def test_another_value_is_no_tag(value: str) -> None:
+    assert owner.read_owner({owner.TAG_OWNER: value}, "u1") is None
+
+
+def test_no_tag_is_no_tag() -> None:
+    assert owner.read_owner({}, "u1") is None
+
+
+def test_an_object_without_uuid_is_nobodys() -> None:
+    blank = owner.write_owner(Owned(self_uuid="", role="base"))
+
+    assert owner.read_owner({owner.TAG_OWNER: blank}, "") is None
+
+
+@given(st.text(alphabet=st.characters(categories=None)))
+def test_any_value_can_be_asked(value: str) -> None:
+    assert owner.read_owner({owner.TAG_OWNER: value}, "u1") is None
