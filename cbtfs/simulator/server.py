@@ -159,6 +159,7 @@ class Simulator:
             "status": lambda _: self.status(),
             "sockets": lambda _: self._refresh(),
             "counters": lambda _: self._counts(),
+            "stolen": lambda _: self._counters.take_stolen(),
             "drop-nbd": lambda names: sum(s.drop_nbd() for s in self._chosen(names)),
             "kill-host": self._kill,
             "revive-host": self._revive,

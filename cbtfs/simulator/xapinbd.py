@@ -155,6 +155,12 @@ class NbdCounters:
         with self._lock:
             self._stolen.append(what)
 
+    def take_stolen(self) -> list[str]:
+        """Return what was stolen since the last call."""
+        with self._lock:
+            taken, self._stolen = self._stolen, []
+            return taken
+
     def report(self) -> dict[str, object]:
         """Return everything counted, as JSON can carry it."""
         with self._lock:
