@@ -16,9 +16,9 @@ TiB = 1 << 40
 CBT_BLOCK = 64 * KiB
 """Granularity of changed block tracking: one bit of a bitmap (blktap, include/cbt-util.h)."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+)(\.[0-9]+)?\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _FACTOR = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -31,7 +31,8 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise errors.UsageError(f"{text!r} is not a size; write for example 512M or 2G")
-    return int(float(match[1]) * _FACTOR[match[2].upper()])
+    factor = _FACTOR[match[3].upper()]
+    return int(match[1]) * factor + int(float(match[2] or 0) * factor)
 
 
 def parse_duration(text: str) -> float:
@@ -49,12 +50,17 @@ def parse_duration(text: str) -> float:
 def format_size(size: float) -> str:
     """Return ``size`` in bytes for people: ``0 B``, ``64 KiB``, ``1.2 GiB``."""
     value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024 or unit == "TiB":
-            break
+    unit, *larger = ("B", "KiB", "MiB", "GiB", "TiB")
+    # rounded before compared, or 1023.9 KiB would be written 1024 KiB
+    while larger and abs(_rounded(value, unit)) >= 1024:
         value /= 1024
-    digits = 0 if unit == "B" or value >= 100 or value == int(value) else 1
-    return f"{value:.{digits}f} {unit}"
+        unit, *larger = larger
+    value = _rounded(value, unit)
+    return f"{value:.{0 if value.is_integer() else 1}f} {unit}"
+
+
+def _rounded(value: float, unit: str) -> float:
+    return round(value, 0 if unit == "B" or abs(value) >= 100 else 1)
 
 
 def format_rate(rate: float) -> str:
@@ -64,7 +70,7 @@ def format_rate(rate: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """Return ``seconds`` for people: ``0.4 s``, ``14 s``, ``2 m 05 s``, ``3 h 12 m``."""
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
