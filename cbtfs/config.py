@@ -312,7 +312,7 @@ def pool_options(
         ca_file=table.ca_file,
         fingerprints=_words(table.fingerprint),
         connections_per_host=table.connections_per_host,
-        state_dir=str(state_dir(chosen)),
+        state_dir=str(state_dir(chosen, environ=environ)),
     )
 
 
@@ -334,13 +334,19 @@ def _words(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
-def state_dir(chosen: ChosenPool) -> Path:
+def state_dir(chosen: ChosenPool, *, environ: Mapping[str, str]) -> Path:
     """Return where to keep what is learned about a pool: one directory per way of trusting it.
 
-    A pool that is reached by another url or trusted by other certificates is another pool.
+    A pool that is reached by another url or trusted by other certificates is another pool. The
+    directory is in systemd's ``$STATE_DIRECTORY`` if that is set.
     """
     table = chosen.table
     identity = "\0".join((chosen.name, table.url, table.ca_file, str(table.fingerprint)))
     digest = hashlib.blake2b(identity.encode(errors="surrogatepass"), digest_size=8).hexdigest()
-    base = Path("/var/lib/cbtfs") if os.geteuid() == 0 else platformdirs.user_state_path("cbtfs")
-    return base / "pools" / digest
+    return _state_base(environ) / "pools" / digest
+
+
+def _state_base(environ: Mapping[str, str]) -> Path:
+    if given := environ.get("STATE_DIRECTORY", "").split(":")[0]:
+        return Path(given)
+    return Path("/var/lib/cbtfs") if os.geteuid() == 0 else platformdirs.user_state_path("cbtfs")

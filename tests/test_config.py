@@ -292,4 +292,12 @@ def test_pool_trusted_otherwise_keeps_its_state_elsewhere() -> None:
     one = config.ChosenPool("p", tables.PoolTable(url="https://h", ca_file="/a"))
     two = config.ChosenPool("p", tables.PoolTable(url="https://h", ca_file="/b"))
 
-    assert config.state_dir(one) != config.state_dir(two)
+    assert config.state_dir(one, environ={}) != config.state_dir(two, environ={})
+
+
+def test_state_is_kept_where_systemd_says(tmp_path: Path) -> None:
+    chosen = config.ChosenPool("p", tables.PoolTable(url="https://h"))
+
+    found = config.state_dir(chosen, environ={"STATE_DIRECTORY": f"{tmp_path}:/other"})
+
+    assert found.parent == tmp_path / "pools"

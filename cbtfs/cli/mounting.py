@@ -44,7 +44,8 @@ def mount(
     text = ",".join(option or [])
     chosen = MountOptions.parse(text)  # a mistake is told here, not in the background
     if not foreground:
-        raise typer.Exit(mounts.start_background(_arguments(options, mountpoint, text)))
+        arguments = _arguments(options, mountpoint, text)
+        raise typer.Exit(mounts.start_background(arguments, log_file=_log_file(options)))
     running.run(lambda: _serve(options, Path(mountpoint), chosen))
 
 
@@ -60,6 +61,12 @@ def _arguments(options: Globals, mountpoint: str, text: str) -> list[str]:
     words += ["mount", "--foreground"]
     words += ["-o", text] if text else []
     return [*words, "--", mountpoint]
+
+
+def _log_file(options: Globals) -> Path | None:
+    """Return where systemd wants logs; None leaves it to the mount."""
+    directory = options.environ.get("LOGS_DIRECTORY", "").split(":")[0]
+    return Path(directory, "cbtfs.log") if directory else None
 
 
 async def _serve(options: Globals, mountpoint: Path, chosen: MountOptions) -> None:
