@@ -50,11 +50,12 @@ def parse_duration(text: str) -> float:
 def format_size(size: float) -> str:
     """Return ``size`` in bytes for people: ``0 B``, ``64 KiB``, ``1.2 GiB``."""
     value = float(size)
-    unit, *larger = ("B", "KiB", "MiB", "GiB", "TiB")
+    larger = ["TiB", "GiB", "MiB", "KiB"]
+    unit = "B"
     # rounded before compared, or 1023.9 KiB would be written 1024 KiB
     while larger and abs(_rounded(value, unit)) >= 1024:
         value /= 1024
-        unit, *larger = larger
+        unit = larger.pop()
     value = _rounded(value, unit)
     return f"{value:.{0 if value.is_integer() else 1}f} {unit}"
 
