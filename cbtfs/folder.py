@@ -154,11 +154,13 @@ class Folder:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         with told("write", self._checked(name)):
             fd = self.open_file(f"{name}.new", flags=flags)
-            with os.fdopen(fd, "wb", buffering=0) as file:
+            try:
                 view = memoryview(content)
                 while view:
-                    view = view[file.write(view) :]
+                    view = view[os.write(fd, view) :]
                 os.fsync(fd)
+            finally:
+                os.close(fd)
             os.rename(f"{name}.new", name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
             os.fsync(self.fd)
 

@@ -37,21 +37,27 @@ def held(folder: Folder, *, wait: bool) -> Iterator[None]:
         StoreLocked: not ``wait``, and somebody has it; the text says who.
         StoreError: there can be no lock here.
     """
-    path = folder.path / NAME
-    with os.fdopen(folder.open_file(NAME, flags=os.O_RDWR | os.O_CREAT), "r+b", 0) as file:
-        with told("lock", path):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise errors.StoreLocked(_who_holds(folder, file.read(4096))) from None
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            owner = _Owner(pid=os.getpid(), host=socket.gethostname(), since=now)
-            file.truncate(0)
-            file.write(msgspec.json.encode(owner))
+    fd = folder.open_file(NAME, flags=os.O_RDWR | os.O_CREAT)
+    try:
+        with told("lock", folder.path / NAME):
+            _take(fd, folder, wait=wait)
         try:
             yield
         finally:
-            file.truncate(0)
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def _take(fd: int, folder: Folder, *, wait: bool) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise errors.StoreLocked(_who_holds(folder, os.pread(fd, 4096, 0))) from None
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    owner = _Owner(pid=os.getpid(), host=socket.gethostname(), since=now)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, msgspec.json.encode(owner), 0)
 
 
 def _who_holds(folder: Folder, content: bytes) -> str:
