@@ -68,6 +68,19 @@ class ChangeLog:
             both = int.from_bytes(mine, "little") | int.from_bytes(page, "little")
             mine[:] = both.to_bytes(_PAGE, "little")
 
+    def without(self, count: int) -> "ChangeLog":
+        """Return a copy that has forgotten the first ``count`` blocks written."""
+        kept = ChangeLog(self.size)
+        kept.merge(self)
+        for number in sorted(kept._pages):
+            page = kept._pages[number]
+            for block in list(_set_bits(page, first=0)):
+                if not count:
+                    return kept
+                page[block // 8] &= ~(1 << block % 8)
+                count -= 1
+        return kept
+
     def grow(self, size: int) -> None:
         """Follow a resize: the new part was not written."""
         self.size = size

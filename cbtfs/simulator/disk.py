@@ -48,9 +48,9 @@ class Disk:
         self._layers = leaf.chain() if leaf is not None else ()
         self.leaf = leaf
 
-    def depth(self) -> int:
-        """Return the length of the chain of layers."""
-        return len(self._layers)
+    def chain(self) -> tuple[Layer, ...]:
+        """Return the layers, top first; empty once the data is destroyed."""
+        return self._layers
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes; both within the disk, any alignment.
@@ -165,9 +165,7 @@ class Disk:
 
     def _drop_blocks(self, leaf: Layer, first: int, last: int) -> None:
         below = self._layers[1:]
-        for layer, start, stop in list(
-            layers.spans(self._layers, first * BLOCK, last * BLOCK)
-        ):
+        for layer, start, stop in list(layers.spans(self._layers, first * BLOCK, last * BLOCK)):
             if layer is None:
                 continue
             leaf.punch(start, stop - start)

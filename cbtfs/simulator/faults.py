@@ -7,6 +7,7 @@ sizes take K, M, G, T; a flag is ``on`` or ``off``.
 
 import difflib
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,6 +66,7 @@ KEYS: dict[str, Key] = {
     "sr.lock": Key("duration", "0", "somebody else holds every SR's lock for so long from now"),
     "sr.gc": Key("flag", "on", "coalesce chains at once; off: they grow up to 30, then fault 109"),
     "sr.no_space": Key("text", "", "SR uuid or name (or *) without space left: fault 44"),
+    "sr.fail": Key("rules", "", "as xapi.fail, for the storage's part of VDI.data_destroy"),
     "vdi.data_destroy_wait": Key("duration", "4s", "how long data_destroy waits for VBDs"),
     "cbt.snapshot_fail": Key("text", "", "VDI uuid (or *) whose log fails at its next snapshot"),
     "cbt.resize_fail": Key("text", "", "VDI uuid (or *) whose log fails at its next resize"),
@@ -79,6 +81,7 @@ class Faults:
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
         self._spent: dict[str, int] = {}
+        self._since: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def set(self, key: str, value: str) -> None:
@@ -97,6 +100,7 @@ class Faults:
             _check(key, known, value)
         with self._lock:
             self._values.pop(key, None)
+            self._since[key] = time.monotonic()
             self._spent = {k: n for k, n in self._spent.items() if not k.startswith(f"{key}=")}
             if value:
                 self._values[key] = value
@@ -113,6 +117,10 @@ class Faults:
     def duration(self, key: str) -> float:
         """Return a duration in seconds."""
         return _seconds(self.text(key))
+
+    def remaining(self, key: str) -> float:
+        """Return what is left of a duration since it was set, in seconds."""
+        return max(self.duration(key) - time.monotonic() + self._since.get(key, 0.0), 0.0)
 
     def size(self, key: str) -> int | None:
         """Return a size in bytes, None if not set."""

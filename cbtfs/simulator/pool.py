@@ -1,36 +1,43 @@
-"""SimulatedPool: hosts, storage and records of a pool. (Skeleton: signatures are final.)"""
+"""SimulatedPool: what the servers, the scenarios and the tests do with a pool."""
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
+from . import (
+    api,
+    attachments,
+    commands,
+    nbdinfo,
+    operations,
+    sessions,
+    tasks,
+    vms,
+    volumes,
+)
+from .attachments import Attachment
+from .database import Database
 from .disk import Disk
 from .faults import Faults
+from .state import Certificate, State
+from .values import Record, Value
 
-Value = bool | int | float | str | list["Value"] | dict[str, "Value"]
-Record = dict[str, Value]
-
-
-class Database:
-    """The pool's records: class name → ref → record."""
-
-    def record(self, kind: str, ref: str) -> Record:
-        """Return the record of ``ref`` (class as in xapi: ``VM``, ``VDI``, ``host``, ``pool``)."""
-        raise NotImplementedError
-
-    def records(self, kind: str) -> Mapping[str, Record]:
-        """Return all records of a class by ref."""
-        raise NotImplementedError
-
-    def by_uuid(self, kind: str, uuid: str) -> str:
-        """Return the ref; SimError UUID_INVALID."""
-        raise NotImplementedError
+__all__ = [
+    "Attachment",
+    "Database",
+    "Disk",
+    "HostAddress",
+    "LiveDisk",
+    "Record",
+    "SimulatedPool",
+    "Value",
+]
 
 
 @dataclass(frozen=True)
 class HostAddress:
-    """A host as the servers need it: all NBD addresses are IPv4 literals to listen on."""
+    """A host as the servers need it; NBD addresses are IPv4 literals to listen on."""
 
     ref: str
     uuid: str
@@ -50,145 +57,243 @@ class LiveDisk:
     disk: Disk
 
 
-class Attachment:
-    """A VDI attached in a host's dom0; ``close`` unplugs (after nbd.detach_delay), idempotent."""
+class SimulatedPool(State):
+    """A pool whose state lives in a directory; all methods may be called from any thread.
 
-    vdi_ref: str
-    vdi_uuid: str
-    disk: Disk
-    size: int
-    sector: int
+    Args:
+        directory: for ``state.json`` and the disks; made if missing.
+        faults: the settings; shared with whoever changes them.
 
-    def pread_into(self, offset: int, view: memoryview) -> None:
-        """Read as ``disk`` does, and count the bytes."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Unplug and destroy the VBD."""
-        raise NotImplementedError
-
-    def __enter__(self) -> "Attachment":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class SimulatedPool:
-    """A pool whose state lives in a directory."""
-
-    directory: Path
-    faults: Faults
-    db: Database
-    lock: threading.RLock
-    users: dict[str, str]  # name → password of local accounts
-    https_port: int
-    nbd_port: int  # set before the servers start; get_nbd_info answers it
+    Attributes:
+        faults: what the pool was told to get wrong.
+        db: the records.
+        lock: held while reading several records that belong together.
+        users: names and passwords that may log in.
+        https_port: where hosts take API calls.
+        nbd_port: what ``get_nbd_info`` answers; set before the servers start.
+    """
 
     def __init__(self, directory: Path, *, faults: Faults | None = None) -> None:
-        raise NotImplementedError
-
-    def save(self) -> None:
-        """Write state.json and the logs; atomic."""
-        raise NotImplementedError
+        super().__init__(directory, faults=faults)
 
     def load(self) -> bool:
-        """Read them; False if there are none. If the pool was not closed: as after a power cut."""
-        raise NotImplementedError
+        """Read what ``save`` wrote; False if there is nothing.
+
+        If the pool was not closed it is as after a power cut: virtual machines are halted,
+        and what was open for writing counts as crashed.
+        """
+        clean = self.restore()
+        if clean is None:
+            return False
+        with self.lock:
+            self._settle(crashed=not clean)
+        return True
 
     def close(self) -> None:
-        """End waiting calls, save, close files."""
-        raise NotImplementedError
+        """End calls that wait, and save."""
+        self.closing.set()
+        with self.lock:
+            self.db.changed.notify_all()
+        self.save(clean=True)
 
     def hosts(self) -> list[HostAddress]:
         """Return the hosts, master first."""
-        raise NotImplementedError
+        with self.lock:
+            master = self.master
+            refs = sorted(self.db.records("host"), key=lambda ref: ref != master)
+            return [self._host(ref) for ref in refs]
 
     def set_certificate(self, host_ref: str, pem: str, *, subject: str) -> None:
         """Say what a host's servers show: for get_nbd_info and host.get_server_certificate."""
-        raise NotImplementedError
+        self.certificates[host_ref] = Certificate(pem, subject)
 
     def nbd_mode(self) -> str:
-        """Return ``nbd``, ``insecure_nbd`` or ``""`` (no purpose, or both): NBD servers ask this."""
-        raise NotImplementedError
+        """Return ``nbd``, ``insecure_nbd``, or ``""`` for no purpose or both: NBD servers ask."""
+        return nbdinfo.purpose(self)
+
+    # ── attachments ──────────────────────────────────────────────────────────────────────
 
     def open_export(self, host_ref: str, exportname: str) -> Attachment:
-        """Attach what ``/<uuid>?session_id=<ref>`` names in that host's dom0; SimError on anything."""
-        raise NotImplementedError
+        """Attach what ``/UUID?session_id=REF`` names in a host's dom0.
+
+        Raises:
+            SimError: anything is wrong.
+        """
+        return attachments.open_export(self, host_ref, exportname)
 
     def http_attach(
         self, host_ref: str, session: str, vdi: str, *, write: bool = False
     ) -> Attachment:
-        """Attach a VDI (ref or uuid) for an HTTP handler; SimError."""
-        raise NotImplementedError
+        """Attach a VDI (ref or uuid) for an HTTP handler.
+
+        Raises:
+            SimError: the session or the VDI is no good, or it is in use.
+        """
+        sessions.check(self, session)
+        with self.lock:
+            ref = self.find_vdi(vdi)
+            operations.check(self, ref, "destroy" if write else "copy")
+        return attachments.open_in_dom0(self, host_ref, ref, mode="RW" if write else "RO")
 
     def sees(self, host_ref: str, vdi: str) -> str:
-        """Return host_ref if it has the VDI's SR attached, else another host that has (for the 302)."""
-        raise NotImplementedError
+        """Return ``host_ref`` if it sees the VDI's SR, else a host that does, "" if none."""
+        with self.lock:
+            sr = self.db.text("VDI", self.find_vdi(vdi), "SR")
+            candidates = [host_ref, *self.db.records("host")]
+            return next((host for host in candidates if self.sees_sr(host, sr)), "")
 
     def find_vdi(self, name: str) -> str:
-        """Return the ref for a ref or uuid; SimError HANDLE_INVALID/UUID_INVALID."""
-        raise NotImplementedError
+        """Return the ref of a VDI named by ref or uuid.
 
-    def login(self, user: str, password: str, *, host_ref: str, originator: str = "") -> str:
-        """Return a new session ref (HTTP Basic uses it too); SimError."""
-        raise NotImplementedError
-
-    def logout(self, session: str) -> None:
-        """End a session."""
-        raise NotImplementedError
-
-    def check_session(self, session: str, *, host_ref: str = "") -> None:
-        """SimError SESSION_INVALID; with host_ref HOST_IS_SLAVE on a supporter."""
-        raise NotImplementedError
-
-    def task_create(self, session: str, label: str) -> str:
-        """Return a pending task's ref."""
-        raise NotImplementedError
-
-    def task_progress(self, task: str, progress: float) -> None:
-        """Set progress, 0 to 1."""
-        raise NotImplementedError
-
-    def task_finish(self, task: str, result: str = "") -> None:
-        """Finish a task; ``result`` is the XML text, such as ``<value>OpaqueRef:…</value>``."""
-        raise NotImplementedError
-
-    def task_fail(self, task: str, failure: Exception) -> None:
-        """Fail a task; a SimError gives error_info, others INTERNAL_ERROR."""
-        raise NotImplementedError
-
-    def call(self, method: str, *params: Value, host_ref: str = "", session: str = "") -> Value:
-        """Carry out an API call inside the process (for scenarios, import handlers, tests).
-
-        ``params`` without the session; without ``session`` with all rights.
+        Raises:
+            SimError: HANDLE_INVALID or UUID_INVALID.
         """
-        raise NotImplementedError
+        with self.lock:
+            if name.startswith("OpaqueRef:"):
+                self.db.record("VDI", name)
+                return name
+            return self.db.by_uuid("VDI", name)
+
+    def disk(self, vdi_ref: str) -> Disk:
+        """Return the contents of a VDI.
+
+        Raises:
+            SimError: HANDLE_INVALID.
+        """
+        with self.lock:
+            return volumes.disk_of(self, vdi_ref)
 
     def live_disks(self) -> list[LiveDisk]:
         """Return the writable disks of running VMs."""
-        raise NotImplementedError
+        found: list[LiveDisk] = []
+        with self.lock:
+            for vbd, record in self.db.records("VBD").items():
+                vm = str(record["VM"])
+                open_for_writing = record["currently_attached"] and record["mode"] == "RW"
+                if not open_for_writing or record["type"] != "Disk":
+                    continue
+                owner = self.db.record("VM", vm)
+                if owner["is_control_domain"] or owner["is_a_snapshot"]:
+                    continue
+                disk = volumes.disk_of(self, self.db.text("VBD", vbd, "VDI"))
+                device = str(record["device"])
+                found.append(LiveDisk(str(owner["uuid"]), str(owner["name_label"]), device, disk))
+        return found
 
     def generation(self) -> int:
-        """Return a number that grows with every change of a record."""
-        raise NotImplementedError
+        """Return a number that grows with every change of a record, until xapi restarts."""
+        return self.db.generation
 
-    def disk(self, vdi_ref: str) -> Disk:
-        """Return the contents of a VDI."""
-        raise NotImplementedError
+    # ── sessions, tasks and calls ────────────────────────────────────────────────────────
+
+    def login(self, user: str, password: str, *, host_ref: str, originator: str = "") -> str:
+        """Return a new session's ref; HTTP Basic uses this too.
+
+        Raises:
+            SimError: HOST_IS_SLAVE, SESSION_AUTHENTICATION_FAILED.
+        """
+        return sessions.login(self, user, password, host=host_ref, originator=originator)
+
+    def logout(self, session: str) -> None:
+        """End a session."""
+        sessions.logout(self, session)
+
+    def check_session(self, session: str, *, host_ref: str = "") -> None:
+        """Return if a session is valid.
+
+        Raises:
+            SimError: SESSION_INVALID; with ``host_ref`` HOST_IS_SLAVE on a supporter.
+        """
+        sessions.check(self, session, host=host_ref)
+
+    def task_create(self, session: str, label: str) -> str:
+        """Return the ref of a new pending task."""
+        del session  # a task is its own owner here
+        return tasks.create(self, label)
+
+    def task_progress(self, task: str, progress: float) -> None:
+        """Set how far a task is, from 0 to 1."""
+        tasks.progress(self, task, progress)
+
+    def task_finish(self, task: str, result: str = "") -> None:
+        """Complete a task; ``result`` is XML text such as ``<value>OpaqueRef:…</value>``."""
+        tasks.finish(self, task, result=result)
+
+    def task_fail(self, task: str, failure: Exception) -> None:
+        """Fail a task; what is not a SimError becomes INTERNAL_ERROR."""
+        tasks.fail(self, task, failure)
+
+    def call(self, method: str, *params: Value, host_ref: str = "", session: str = "") -> Value:
+        """Carry out an API call inside the process; ``params`` without the session.
+
+        Raises:
+            SimError: what the call fails with; ordered faults do not apply.
+        """
+        return api.invoke(self, method, params, host=host_ref or self.master, session=session)
+
+    # ── what happens to a pool ───────────────────────────────────────────────────────────
 
     def promote(self, host_ref: str) -> None:
-        """Make a host the master: sessions and tasks are lost."""
-        raise NotImplementedError
+        """Make a host the master: sessions and tasks are lost, event tokens void."""
+        with self.lock:
+            self.db.set("pool", self.db.only("pool"), master=host_ref)
+            self.restart_xapi()
 
     def restart_xapi(self) -> None:
-        """Restart xapi: sessions and tasks are lost."""
-        raise NotImplementedError
+        """Restart xapi: sessions and tasks are lost, event tokens void; disks stay open."""
+        with self.lock:
+            self.used.clear()
+            self.db.restart()
+
+    def crash_host(self, host_ref: str) -> None:
+        """Let a host die with everything that runs on it."""
+        with self.lock:
+            for vm in self.db.refs("host", host_ref, "resident_VMs"):
+                if self.db.flag("VM", vm, "is_control_domain"):
+                    self._drop_dom0_devices(vm)
+                else:
+                    vms.halt(self, vm, crashed=True)
 
     def control(self, command: str, *args: str) -> object:
-        """Carry out a command of the simulator (not of xapi); JSON-able answer."""
-        raise NotImplementedError
+        """Carry out a command of the simulator, see ``commands``; the answer fits into JSON.
 
-    def count(self, counter: str, amount: int = 1) -> None:
-        """Add to a counter, such as ``nbd.connections``; ``counters`` shows them."""
-        raise NotImplementedError
+        Raises:
+            UsageError: no such command or object.
+        """
+        return commands.run(self, command, args)
+
+    def counts(self) -> Mapping[str, int]:
+        """Return the counters."""
+        return MappingProxyType(dict(self.counters))
+
+    def _host(self, ref: str) -> HostAddress:
+        pifs = self.db.refs("host", ref, "PIFs")
+        addresses = (self.db.text("PIF", pif, "IP") for pif in pifs)
+        return HostAddress(
+            ref=ref,
+            uuid=self.db.text("host", ref, "uuid"),
+            name=self.db.text("host", ref, "name_label"),
+            hostname=self.db.text("host", ref, "hostname"),
+            address=self.db.text("host", ref, "address"),
+            nbd_addresses=tuple(dict.fromkeys(filter(None, addresses))),
+        )
+
+    def _drop_dom0_devices(self, dom0: str) -> None:
+        for vbd in self.db.refs("VM", dom0, "VBDs"):
+            if self.db.flag("VBD", vbd, "currently_attached"):
+                attachments.detach(self, vbd, crashed=True)
+            self.db.destroy("VBD", vbd)
+
+    def _settle(self, *, crashed: bool) -> None:
+        """Undo what cannot outlive the process: dom0's devices, operations in progress."""
+        for vm, record in list(self.db.records("VM").items()):
+            if record["is_control_domain"]:
+                self._drop_dom0_devices(vm)
+            elif crashed and record["power_state"] == "Running":
+                vms.halt(self, vm, crashed=True)
+        for kind in ("VDI", "VBD", "SR"):
+            for ref, record in self.db.records(kind).items():
+                if record["current_operations"]:
+                    self.db.set(kind, ref, current_operations={})
+        for sr in self.db.records("SR"):
+            self.db.set("SR", sr, allowed_operations=operations.allowed_on_sr(self, sr))

@@ -119,6 +119,7 @@ class Storage:
             if leaf is not None:
                 below = leaf.parent
                 self._owners.pop(leaf)
+                self._rearranged.moved.add(uuid)
                 self._discard(leaf)
                 self._settle(below)
 
@@ -131,9 +132,7 @@ class Storage:
         with self._lock, self.disks[uuid].lock:
             disk = self.disks[uuid]
             if size < disk.size:
-                raise failures.storage(
-                    79, "VDI Invalid size", detail="shrinking not allowed"
-                )
+                raise failures.storage(79, "VDI Invalid size", detail="shrinking not allowed")
             disk.size = size
             if uuid in self.logs and track:
                 self.logs[uuid].grow(size)
@@ -225,7 +224,7 @@ class Storage:
     def dump(self) -> dict[str, object]:
         """Return layers, disks and logs as JSON can hold them."""
         with self._lock:
-            known = {layer for disk in self.disks.values() for layer in _chain(disk)}
+            known = {layer for disk in self.disks.values() for layer in disk.chain()}
             known |= set(self.hidden.values())
             disks = {}
             for uuid, disk in self.disks.items():
@@ -291,7 +290,7 @@ class Storage:
         if not leaf.masks and leaf.parent is not None:
             self._stack(copy, self._new_layer(parent=leaf.parent))
             return False
-        if disk.depth() >= LONGEST_CHAIN:
+        if len(disk.chain()) >= LONGEST_CHAIN:
             del self.disks[child]
             raise SimError("SR_BACKEND_FAILURE_109", "", "The snapshot chain is too long", "")
         self._stack(copy, self._new_layer(parent=leaf))
@@ -420,10 +419,6 @@ def _changed_blocks(detail: str) -> SimError:
     return failures.storage(
         460, "Failed to calculate changed blocks for given VDIs.", detail=detail
     )
-
-
-def _chain(disk: Disk) -> tuple[Layer, ...]:
-    return disk.leaf.chain() if disk.leaf is not None else ()
 
 
 def _dump_layer(layer: Layer) -> list[object]:
