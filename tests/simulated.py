@@ -12,8 +12,23 @@ import xmlrpc.client
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, cast
+
+import nbd
 
 from cbtfs import simulator
+
+
+class GuestDisk(Protocol):
+    """What a test does with a guest's disk: some of libnbd's methods."""
+
+    def connect_unix(self, path: str) -> None: ...
+    def pread(self, length: int, offset: int) -> bytearray: ...
+    def pwrite(self, data: bytes | bytearray, offset: int) -> None: ...
+    def trim(self, length: int, offset: int) -> None: ...
+    def zero(self, length: int, offset: int) -> None: ...
+    def set_strict_mode(self, flags: int) -> None: ...
+    def shutdown(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,12 @@ class RunningPool:
     def guest(self, vm: str, device: str) -> str:
         """Return the NBD URI of a running VM's disk."""
         return f"nbd+unix:///?socket={self.guest_socket(vm, device)}"
+
+    def open_guest(self, vm: str, device: str) -> GuestDisk:
+        """Return a libnbd handle of a running VM's disk; the caller shuts it down."""
+        handle = cast(GuestDisk, nbd.NBD())
+        handle.connect_unix(str(self.guest_socket(vm, device)))
+        return handle
 
     def proxy(self, number: int = 0) -> xmlrpc.client.ServerProxy:
         """Return a plain XML-RPC client for a host, which trusts the pool's certificates."""

@@ -7,7 +7,6 @@ copies from the source files; debugfs sets them afterwards.
 
 import hashlib
 import os
-import random
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,7 @@ Tree = Mapping[str, bytes | str]
 
 def noise(seed: str, length: int) -> bytes:
     """Return ``length`` bytes that don't compress and depend on ``seed`` alone."""
-    return random.Random(hashlib.sha256(seed.encode()).digest()).randbytes(length)
+    return hashlib.shake_128(seed.encode()).digest(length)
 
 
 def with_checksums(tree: Tree) -> dict[str, bytes | str]:

@@ -199,7 +199,7 @@ class Handlers:
     def _redirect(self, call: Call, vdi: str) -> None:
         """Send the client to another host if this one does not see the disk."""
         host = self._pool.sees(self._host.ref, vdi)
-        if host == self._host.ref:
+        if host in {"", self._host.ref}:
             return
         address = self._pool.db.text("host", host, "address")
         location = f"https://{address}:{self._pool.https_port}{call.request.target}"

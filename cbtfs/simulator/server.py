@@ -159,6 +159,7 @@ class Simulator:
             "status": lambda _: self.status(),
             "sockets": lambda _: self._refresh(),
             "counters": lambda _: self._counts(),
+            "reset-counters": lambda _: self._reset_counts(),
             "stolen": lambda _: self._counters.take_stolen(),
             "drop-nbd": lambda names: sum(s.drop_nbd() for s in self._chosen(names)),
             "kill-host": self._kill,
@@ -184,6 +185,10 @@ class Simulator:
         counted = self._pool.control("counters")
         counts = counted if isinstance(counted, dict) else {}
         return {**counts, "nbd": self._counters.report()}
+
+    def _reset_counts(self) -> object:
+        self._counters.reset()
+        return self._pool.control("reset-counters")
 
     def _chosen(self, names: list[str]) -> list[_HostServers]:
         unknown = set(names) - set(self._hosts)
@@ -248,7 +253,7 @@ def open_simulator(
     (directory / "hosts").mkdir(parents=True, exist_ok=True)
     known = _remembered(directory)
     pool = SimulatedPool(directory, faults=Faults())
-    pool.users = {USER: PASSWORD, **dict(getattr(pool, "users", {}))}
+    pool.users = {USER: PASSWORD}
     if pool.load():
         scenario = str(known.get("scenario", scenario))
     else:

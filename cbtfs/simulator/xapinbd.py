@@ -155,6 +155,13 @@ class NbdCounters:
         with self._lock:
             self._stolen.append(what)
 
+    def reset(self) -> None:
+        """Forget everything counted."""
+        with self._lock:
+            self._counts.clear()
+            self._peak.clear()
+            self._stolen.clear()
+
     def take_stolen(self) -> list[str]:
         """Return what was stolen since the last call."""
         with self._lock:
