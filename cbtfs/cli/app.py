@@ -1,7 +1,6 @@
 """App: the command line as a whole: global options, verbs, and the one door for errors."""
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -107,11 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures.install_signal_handler()
     try:
         status = app(arguments, prog_name="cbtfs", standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # nobody reads: let the interpreter's last flush go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return failures.BROKEN_PIPE
+        output.finish()
     except (Exception, KeyboardInterrupt) as exc:
         return failures.report(exc, verbosity=_verbosity(arguments))
     if status == INTERRUPTED:  # typer makes this of a KeyboardInterrupt, and says nothing

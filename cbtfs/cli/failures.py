@@ -13,9 +13,6 @@ from cbtfs import errors
 
 from . import output
 
-BROKEN_PIPE = 128 + signal.SIGPIPE
-"""Status when the reader of our output is gone, as a shell reports it of other tools."""
-
 UNKNOWN = 1
 
 GLOBAL_OPTIONS = ("--config", "--pool", "--store", "--json", "--quiet", "--verbose", "-q", "-v")
@@ -33,7 +30,8 @@ def report(exc: BaseException, *, verbosity: int) -> int:
     if isinstance(leaf, KeyboardInterrupt | typer.Abort):
         leaf = errors.Interrupted(signal.SIGINT)
     if isinstance(leaf, errors.CbtfsError):
-        output.note(str(leaf))
+        if not isinstance(leaf, output.ReaderGone):
+            output.note(str(leaf))
         return leaf.exit_code
     if isinstance(leaf, OSError) and leaf.filename:
         output.note(f"{leaf.filename!s}: {leaf.strerror}")

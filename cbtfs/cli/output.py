@@ -9,12 +9,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from rich.cells import cell_len, set_cell_size
+
+from cbtfs import errors
 
 SCHEMA = 1
 """Version of every JSON document that commands print."""
@@ -40,6 +44,12 @@ def _escaped(match: re.Match[str]) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class ReaderGone(errors.CbtfsError):
+    """Nobody reads our output any more (``cbtfs ls | head``); there is nobody to tell either."""
+
+    exit_code = 128 + signal.SIGPIPE  # as a shell reports it of other tools
 
 
 @dataclass(slots=True)
@@ -78,7 +88,7 @@ class Table:
         heading, *lines = self.lines(width=shutil.get_terminal_size().columns if terminal else None)
         if coloured(sys.stdout):
             heading = f"{_BOLD}{heading}{_PLAIN}"
-        sys.stdout.write("\n".join((heading, *lines)) + "\n")
+        line("\n".join((heading, *lines)))
 
 
 def _cells(text: str) -> int:
@@ -100,13 +110,37 @@ def coloured(stream: TextIO) -> bool:
 
 def line(text: str = "") -> None:
     """Print a line to stdout; what of it came from a pool is the caller's to make safe."""
-    sys.stdout.write(f"{text}\n")
+    _write(f"{text}\n")
 
 
 def document(content: Mapping[str, object]) -> None:
     """Print the one JSON document of a command, its schema first."""
-    json.dump({"schema": SCHEMA, **content}, sys.stdout, indent=2)
-    sys.stdout.write("\n")
+    line(json.dumps({"schema": SCHEMA, **content}, indent=2))
+
+
+def finish() -> None:
+    """Send what is still in a buffer.
+
+    Raises:
+        ReaderGone: nobody reads.
+    """
+    with _noticed():
+        sys.stdout.flush()
+
+
+def _write(text: str) -> None:
+    with _noticed():
+        sys.stdout.write(text)
+
+
+@contextmanager
+def _noticed() -> Generator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        # so that the interpreter's last flush goes nowhere, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ReaderGone from None
 
 
 def note(text: str) -> None:

@@ -1,0 +1,465 @@
+"""The command line by itself: help, statuses, sentences, tables, JSON. No pool is needed here."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+import typer
+
+from cbtfs import cli, errors
+from cbtfs.catalogue import Catalogue, DiskFailure, DiskPoint, Point, VMHistory
+from cbtfs.cli import failures, listing, output, running, syncing
+from cbtfs.cli.app import app
+from cbtfs.inventory import SR, VBD, VDI, VM, Inventory, Pool
+from cbtfs.sync import Outcome
+
+LATER = ("diff", "restore", "prune", "pin", "open", "close", "clean", "check", "metrics", "report")
+NOW = ("ls", "info", "mount", "umount", "sync", "list", "verify", "doctor", "config", "sim", "demo")
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+class Program:
+    """Calls ``cbtfs`` in this process, in an environment without configuration."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> Result:
+        self._capsys.readouterr()
+        status = cli.main(arguments)
+        captured = self._capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+
+@pytest.fixture
+def cbtfs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Program]:
+    for name in [name for name in os.environ if name.startswith("CBTFS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    log = logging.getLogger("cbtfs")
+    kept = (log.handlers[:], log.propagate, log.level, signal.getsignal(signal.SIGTERM))
+    yield Program(capsys)
+    log.handlers[:], log.propagate = kept[0], kept[1]
+    log.setLevel(kept[2])
+    signal.signal(signal.SIGTERM, kept[3])
+
+
+def commands() -> Iterator[tuple[str, typer.core.TyperCommand | typer.core.TyperGroup]]:
+    """Yield the path of every command with it."""
+    todo: list[tuple[str, object]] = [("cbtfs", typer.main.get_command(app))]
+    while todo:
+        path, command = todo.pop()
+        assert isinstance(command, typer.core.TyperCommand | typer.core.TyperGroup)
+        yield path, command
+        if isinstance(command, typer.core.TyperGroup):
+            todo += [(f"{path} {name}", inner) for name, inner in command.commands.items()]
+
+
+# ── Help ──
+
+
+@pytest.mark.parametrize(("path", "command"), list(commands()))
+def test_every_help_has_an_example(
+    path: str, command: typer.core.TyperCommand | typer.core.TyperGroup
+) -> None:
+    assert command.epilog is not None
+    assert command.epilog.startswith("Example: cbtfs "), path
+
+
+def test_verbs_of_this_version_are_all_there() -> None:
+    root = typer.main.get_command(app)
+
+    assert isinstance(root, typer.core.TyperGroup)
+    assert set(root.commands) == set(NOW)
+
+
+@pytest.mark.parametrize("verb", LATER)
+def test_later_verbs_do_not_exist_as_stubs(cbtfs: Program, verb: str) -> None:
+    result = cbtfs(verb)
+
+    assert result.status == 2
+    assert result.err.startswith(f"cbtfs: no such command '{verb}'")
+
+
+def test_version_is_one_line(cbtfs: Program) -> None:
+    assert cbtfs("--version") == Result(0, "cbtfs 0.1.0\n", "")
+
+
+def test_no_arguments_print_the_help(cbtfs: Program) -> None:
+    result = cbtfs()
+
+    assert result.status == 2
+    assert "sync" in result.out + result.err
+
+
+# ── Mistakes on the command line ──
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["lss"], "cbtfs: no such command 'lss'. Did you mean 'ls'?\n"),
+        (["ls", "--json"], "cbtfs: --json goes before the verb: cbtfs --json VERB …\n"),
+        (["ls", "--nope"], "cbtfs: no such option: --nope; see 'cbtfs ls --help'\n"),
+        (["sync", "job", "--vm", "x"], "cbtfs: give jobs, or --vm and --vdi, not both\n"),
+        (["sim", "set", "/tmp", "x"], "cbtfs: 'x' is no setting; write KEY=VALUE"),
+        (["mount", "-o", "lve=off", "/x"], "cbtfs: -o lve is no option of mount"),
+        (["ls"], "cbtfs: no pool is configured; set CBTFS_URL"),
+        (["list"], "cbtfs: no store is configured; use --store DIR"),
+        (["sync"], "cbtfs: nothing to sync: name a job"),
+        (["config", "path"], "cbtfs: no configuration file; looked for /etc/cbtfs/cbtfs.toml"),
+        (["--config", "/no/such", "ls"], "cbtfs: /no/such: no such file (--config)\n"),
+    ],
+)
+def test_mistake_is_one_sentence_and_status_2(
+    cbtfs: Program, arguments: list[str], sentence: str
+) -> None:
+    result = cbtfs(*arguments)
+
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith(sentence)
+    assert result.err.count("\n") == 1
+
+
+def test_store_that_is_not_there_is_an_error_and_is_not_made(
+    cbtfs: Program, tmp_path: Path
+) -> None:
+    result = cbtfs("--store", str(tmp_path / "none"), "list")
+
+    assert result.status != 0
+    assert str(tmp_path / "none") in result.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_status_of_a_pool_that_does_not_run_is_not_found(cbtfs: Program, tmp_path: Path) -> None:
+    assert cbtfs("sim", "status", str(tmp_path)).status == 10
+
+
+# ── config ──
+
+
+def write_config(tmp_path: Path) -> str:
+    path = tmp_path / "cbtfs.toml"
+    path.write_text(
+        '[pool.p]\nurl = "https://h"\n[store."a b"]\npath = "s"\n[job.j]\nvms = ["x"]\n'
+    )
+    return str(path)
+
+
+def test_config_show_prints_toml_with_defaults(cbtfs: Program, tmp_path: Path) -> None:
+    result = cbtfs("--config", write_config(tmp_path), "config", "show")
+
+    assert '[pool.p]\nurl = "https://h"\nuser = "root"\n' in result.out
+    assert "connections_per_host = 12\n" in result.out
+    assert '[store."a b"]\npath = "s"\n' in result.out
+
+
+def test_config_show_and_path_speak_json(cbtfs: Program, tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+
+    shown = json.loads(cbtfs("--config", path, "--json", "config", "show").out)
+    told = json.loads(cbtfs("--config", path, "--json", "config", "path").out)
+
+    assert (shown["schema"], shown["store"]["a b"]["path"]) == (1, "s")
+    assert told == {"schema": 1, "path": path}
+
+
+def test_config_check_counts_and_warns(cbtfs: Program, tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    with Path(path).open("a") as file:
+        file.write("limit_rate = '1M'\n")
+
+    result = cbtfs("--config", path, "config", "check")
+
+    assert result.status == 0
+    assert "warning: " in result.out
+    assert "job.j: limit_rate" in result.out
+    assert result.out.endswith("ok, 1 pools, 1 stores, 1 jobs\n")
+
+
+# ── The door for errors ──
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.StoreError("it broke"), 1),
+        (errors.ConfigError("it broke"), 2),
+        (errors.ImageDamaged("it broke"), 4),
+        (errors.NotFound("it broke"), 10),
+        (errors.StoreLocked("it broke"), 11),
+        (errors.AuthenticationFailed("it broke"), 12),
+        (errors.PoolUnreachable("it broke"), 13),
+        (
+            ExceptionGroup("", [ValueError(), ExceptionGroup("", [errors.StoreError("it broke")])]),
+            1,
+        ),
+    ],
+)
+def test_error_is_one_sentence_and_its_status(
+    capsys: pytest.CaptureFixture[str], error: Exception, status: int
+) -> None:
+    assert failures.report(error, verbosity=0) == status
+    assert capsys.readouterr().err == "cbtfs: it broke\n"
+
+
+def test_interruption_beats_what_it_broke(capsys: pytest.CaptureFixture[str]) -> None:
+    group = ExceptionGroup("", [errors.StoreError("x"), errors.Interrupted(15)])
+
+    assert failures.report(group, verbosity=0) == 143
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_mistake_of_ours_asks_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failures.report(KeyError("x"), verbosity=0) == 1
+    assert capsys.readouterr().err.startswith("cbtfs: this is a mistake in cbtfs: KeyError: 'x'; ")
+
+
+def test_traceback_comes_only_with_vv(capsys: pytest.CaptureFixture[str]) -> None:
+    failures.report(errors.StoreError("x"), verbosity=1)
+    without = capsys.readouterr().err
+    failures.report(errors.StoreError("x"), verbosity=2)
+    with_it = capsys.readouterr().err
+
+    assert "StoreError" not in without
+    assert "StoreError" in with_it
+
+
+def test_escape_sequence_in_an_error_is_shown_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    failures.report(errors.StoreError("VM '\x1b[31mred\x1b[0m'"), verbosity=0)
+
+    assert capsys.readouterr().err == "cbtfs: VM '\\x1b[31mred\\x1b[0m'\n"
+
+
+# ── Signals ──
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_cancels_the_work_which_cleans_up(signum: signal.Signals, status: int) -> None:
+    cleaned: list[str] = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signum)
+            await trio.sleep_forever()
+        finally:
+            cleaned.append("yes")
+
+    with pytest.raises(errors.Interrupted) as caught:
+        running.run(work)
+
+    assert (caught.value.exit_code, cleaned) == (status, ["yes"])
+
+
+def test_run_returns_what_the_work_returns() -> None:
+    async def work() -> int:
+        await trio.lowlevel.checkpoint()
+        return 42
+
+    assert running.run(work) == 42
+
+
+def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, trio\n"
+        "from cbtfs.cli import running\n"
+        "async def work():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        await trio.sleep_forever()\n"
+        "    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        with trio.CancelScope(shield=True):\n"
+        "            await trio.sleep_forever()\n"
+        "running.run(work)\n"
+    )
+
+    assert subprocess.run([sys.executable, script], check=False).returncode == 143
+
+
+def test_reader_that_is_gone_ends_the_command_quietly(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "cbtfs", "--config", write_config(tmp_path), "config", "show"],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(write_end)
+
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# ── Tables and JSON ──
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("web1", "web1"),
+        ("Büro-Server 数据", "Büro-Server 数据"),
+        ("[bold]x[/bold]", "[bold]x[/bold]"),
+        ("\x1b]0;owned\x07", "\\x1b]0;owned\\x07"),
+        ("a\nb\tc\x9b31m", "a\\x0ab\\x09c\\x9b31m"),
+        ("gnp.\u202eexe", "gnp.\\u202eexe"),
+        ("\ud800", "\\ud800"),
+        ("\U000e0041", "\\U000e0041"),
+    ],
+)
+def test_name_is_shown_so_that_it_cannot_drive_a_terminal(name: str, shown: str) -> None:
+    assert output.safe(name) == shown
+
+
+def test_json_carries_a_hostile_name_exactly_and_in_ascii(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = "\x1b[31m\u202e数\x9b"
+
+    output.document({"name": name})
+
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert "\x1b" not in printed
+    assert json.loads(printed) == {"schema": 1, "name": name}
+
+
+def test_table_aligns_columns_by_cells() -> None:
+    table = output.Table(["NAME", ">SIZE"])
+    table.add("数据", "1 B")
+    table.add("a", "100 KiB")
+
+    assert table.lines() == ["NAME     SIZE", "数据      1 B", "a     100 KiB"]
+
+
+def test_table_gives_way_in_its_flexible_column_on_a_terminal() -> None:
+    table = output.Table(["NAME", ">SIZE"], flexible=0)
+    table.add("a rather long name", "1 B")
+
+    assert table.lines(width=20)[1] == "a rather long…   1 B"
+    assert table.lines()[1] == "a rather long name   1 B"
+
+
+# ── What ls shows ──
+
+
+def inventory() -> Inventory:
+    snapshot = VDI(ref="S", uuid=uuid(3), sr_ref="R", is_a_snapshot=True, snapshot_of="V")
+    return Inventory(
+        pool=Pool(uuid=uuid(9), name="p"),
+        srs={"R": SR(ref="R", uuid=uuid(8), name="shared", host_refs=("H",), cbt_capable=True)},
+        vms={"M": VM(ref="M", uuid=uuid(1), name="web1", vbd_refs=("B",))},
+        vbds={"B": VBD(ref="B", vm_ref="M", vdi_ref="V", device="xvda")},
+        vdis={
+            "V": VDI(
+                ref="V", uuid=uuid(2), name="root", sr_ref="R", size=1 << 30, cbt_enabled=True
+            ),
+            "S": snapshot,
+            "D": VDI(ref="D", uuid=uuid(4), name="loose", sr_ref="R"),
+        },
+    )
+
+
+def uuid(number: int) -> str:
+    return f"00000000-0000-0000-0000-{number:012d}"
+
+
+def catalogue(*, vdi_uuid: str) -> Catalogue:
+    disk = DiskPoint(device="xvda", file="xvda.raw", vdi_uuid=vdi_uuid, size=1 << 30)
+    point = Point(time="20261122T020000Z", vm_uuid=uuid(1), vm_name="web1", disks=(disk,))
+    return Catalogue({uuid(1): VMHistory(uuid(1), "web1", (point,))})
+
+
+def test_disk_has_snapshots_change_tracking_and_next_step() -> None:
+    [web1, detached] = listing.build(inventory(), catalogue=Catalogue({}))
+
+    [disk] = web1.disks
+    assert (disk.cbt, len(disk.snapshots), disk.intent) == ("on", 1, "full (first)")
+    assert [row.vdi.name for row in detached.disks] == ["loose"]
+
+
+def test_without_a_store_nothing_is_said_of_the_next_sync() -> None:
+    [web1, _] = listing.build(inventory(), catalogue=None)
+
+    assert (web1.disks[0].intent, web1.disks[0].last_point) == ("-", "")
+
+
+def test_last_point_is_the_one_that_has_this_very_disk() -> None:
+    [known, _] = listing.build(inventory(), catalogue=catalogue(vdi_uuid=uuid(2)))
+    [replaced, _] = listing.build(inventory(), catalogue=catalogue(vdi_uuid=uuid(7)))
+
+    assert known.disks[0].last_point == "20261122T020000Z"
+    assert (replaced.disks[0].last_point, replaced.last_point) == ("", "20261122T020000Z")
+
+
+def test_pattern_selects_vms_and_leaves_detached_disks_out() -> None:
+    [row] = listing.build(inventory(), catalogue=None, patterns=["web*"])
+
+    assert row.vm is not None
+    with pytest.raises(errors.NotFound):
+        listing.build(inventory(), catalogue=None, patterns=["none*"])
+
+
+@pytest.mark.parametrize("text", [uuid(2), "web1/xvda", f"{uuid(1)}/xvda", "root"])
+def test_disk_is_found_by_uuid_by_vm_and_device_and_by_name(text: str) -> None:
+    assert listing.find_disk(inventory(), text).ref == "V"
+
+
+@pytest.mark.parametrize("text", ["web1/xvdb", "web2/xvda", "nothing", "/"])
+def test_disk_that_is_not_there_is_not_found(text: str) -> None:
+    with pytest.raises(errors.NotFound):
+        listing.find_disk(inventory(), text)
+
+
+# ── The status of a sync ──
+
+
+def outcome(error: errors.CbtfsError | None = None, *, state: str = "complete") -> Outcome:
+    failure = DiskFailure(device="xvdb", vdi_uuid=uuid(5), error="no")
+    point = Point(
+        time="20261122T020000Z",
+        vm_uuid=uuid(1),
+        state=state,
+        failures=(failure,) if state == "partial" else (),
+    )
+    return Outcome(uuid(1), "web1", point=None if error else point, error=error)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [
+        ([outcome(), outcome()], 0),
+        ([outcome(), outcome(state="partial")], 3),
+        ([outcome(), outcome(errors.StoreLocked(""))], 3),
+        ([outcome(errors.StoreLocked(""))], 11),
+        ([outcome(errors.PoolUnreachable("")), outcome(errors.PoolUnreachable(""))], 13),
+        ([outcome(errors.StoreLocked("")), outcome(errors.StoreError(""))], 1),
+        ([], 0),
+    ],
+)
+def test_status_of_a_sync_says_how_much_of_it_is_done(outcomes: list[Outcome], status: int) -> None:
+    assert syncing.exit_status(outcomes) == status
+
+
+def test_document_of_a_partial_point_names_what_failed() -> None:
+    document = syncing.outcome_document(outcome(state="partial"))
+
+    assert document["state"] == "partial"
+    assert document["failures"] == [{"device": "xvdb", "vdi_uuid": uuid(5), "error": "no"}]
