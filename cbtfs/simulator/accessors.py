@@ -1,5 +1,7 @@
 """The methods that every class has: ``get_record``, ``get_FIELD``, ``set_FIELD`` and so on."""
 
+from collections.abc import Callable
+
 from . import fields, volumes
 from .failures import SimError
 from .fields import Field
@@ -29,23 +31,20 @@ def find(name: str) -> Method | None:
     return Method(name, parse(*spec), run, has_session=True, has_async=False)
 
 
+Changer = Callable[[Call, str, str], Value]
 Made = tuple[tuple[str, ...], Handler]
 
 
 def _of_class(kind: str, verb: str) -> Made | None:
-    if verb == "get_record":
-        return (f"{kind} self",), lambda call: _record(call, kind)
-    if verb == "get_by_uuid":
-        return ("text uuid",), lambda call: call.state.db.by_uuid(kind, call.text("uuid"))
-    if verb == "get_by_name_label" and "name_label" in fields.CLASSES[kind]:
-        return ("text label",), lambda call: _by_name(call, kind)
-    if kind in _HIDDEN:
+    if verb in ("get_all", "get_all_records") and kind in _HIDDEN:
         return None
-    if verb == "get_all":
-        return (), lambda call: _all(call, kind)
-    if verb == "get_all_records":
-        return (), lambda call: _all_records(call, kind)
-    return None
+    if verb == "get_by_name_label" and "name_label" not in fields.CLASSES[kind]:
+        return None
+    made = _OF_CLASS.get(verb)
+    if made is None:
+        return None
+    spec, reader = made
+    return tuple(item.format(kind) for item in spec), lambda call: reader(call, kind)
 
 
 def _of_field(kind: str, verb: str) -> Made | None:
@@ -67,7 +66,7 @@ def _writable(known: dict[str, Field], name: str) -> bool:
     return name in known and known[name].writable
 
 
-def _change(kind: str, field: Field, prefix: str, handler: "Changer") -> Made | None:
+def _change(kind: str, field: Field, prefix: str, handler: Changer) -> Made | None:
     of_map = prefix in ("add_to_", "remove_from_")
     if field.type != ("map" if of_map else "set"):
         return None
@@ -80,6 +79,11 @@ def _change(kind: str, field: Field, prefix: str, handler: "Changer") -> Made | 
 def _record(call: Call, kind: str) -> Value:
     with call.state.lock:
         return dict(call.state.db.record(kind, call.text("self")))
+
+
+def _by_uuid(call: Call, kind: str) -> Value:
+    with call.state.lock:
+        return call.state.db.by_uuid(kind, call.text("uuid"))
 
 
 def _by_name(call: Call, kind: str) -> Value:
@@ -142,7 +146,8 @@ def _add(call: Call, kind: str, name: str) -> Value:
     with call.state.lock:
         held = db.refs(kind, ref, name)
         if value not in held:
-            db.set(kind, ref, **{name: [*held, value]})
+            added: Value = [*held, value]
+            db.set(kind, ref, **{name: added})
     return ""
 
 
@@ -150,10 +155,18 @@ def _remove(call: Call, kind: str, name: str) -> Value:
     db, ref, value = call.state.db, call.text("self"), call.text("value")
     with call.state.lock:
         held = db.refs(kind, ref, name)
-        db.set(kind, ref, **{name: [item for item in held if item != value]})
+        kept: Value = [item for item in held if item != value]
+        db.set(kind, ref, **{name: kept})
     return ""
 
 
+_OF_CLASS: dict[str, tuple[tuple[str, ...], Callable[[Call, str], Value]]] = {
+    "get_record": (("{} self",), _record),
+    "get_by_uuid": (("text uuid",), _by_uuid),
+    "get_by_name_label": (("text label",), _by_name),
+    "get_all": ((), _all),
+    "get_all_records": ((), _all_records),
+}
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str,
     "bool": bool,
@@ -163,7 +176,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "set": list,
     "map": dict,
 }
-_CHANGES = {
+_CHANGES: dict[str, Changer] = {
     "add_to_": _add_to,
     "remove_from_": _remove_from,
     "add_": _add,

@@ -16,6 +16,7 @@ from . import (
     logins,
     methods,
     sessions,
+    snapshots,
     tasks,
     vdis,
     vms,
@@ -28,7 +29,7 @@ from .values import Value
 
 _log = logging.getLogger(__name__)
 
-HANDLERS = (devices, events, logins, vdis, vms)
+HANDLERS = (devices, events, logins, snapshots, vdis, vms)
 """The modules whose methods are in the table once they are imported."""
 
 _NO_ASYNC = ("session", "event", "task", "data_source", "blob")

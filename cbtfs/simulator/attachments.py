@@ -5,6 +5,7 @@ blocks. It appears before an NBD client is told the size, and goes before the so
 (xen-api, ocaml/nbd/src/main.ml, cleanup.ml).
 """
 
+import contextlib
 import threading
 from urllib.parse import parse_qs, urlsplit
 
@@ -124,7 +125,7 @@ def create(state: State, values: dict[str, Value], *, ref: str = "", uuid: str =
         place = free[0] if free else ""
     if place not in free:
         raise SimError("INVALID_VALUE", "userdevice", place)
-    made = {
+    made: dict[str, Value] = {
         "bootable": False,
         "unpluggable": True,
         **values,
@@ -206,10 +207,8 @@ def host_of(state: State, vbd: str) -> str:
 
 
 def _release(state: State, vbd: str) -> None:
-    try:
+    with contextlib.suppress(SimError):  # somebody else unplugged it, or the pool closes
         unplug(state, vbd, delay=state.faults.duration("nbd.detach_delay"))
-    except SimError:
-        pass  # somebody else unplugged it, or the pool is closing
     with state.lock:
         if state.db.exists("VBD", vbd):
             vdi = state.db.text("VBD", vbd, "VDI")

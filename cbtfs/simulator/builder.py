@@ -4,7 +4,7 @@ import uuid as uuids
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from . import attachments, operations, vms, volumes
+from . import attachments, operations, snapshots, vms, volumes
 from .methods import Call, known
 from .pool import SimulatedPool
 from .state import PLUGINS, Geometry
@@ -146,7 +146,7 @@ class Builder:
                 },
             )
 
-    def add_sr(
+    def add_sr(  # noqa: PLR0913 (an SR has that many properties)
         self,
         name: str,
         *,
@@ -313,7 +313,7 @@ class Builder:
         call = Call(pool, "VM.snapshot", pool.master, "", {"new_name": name})
         label = f"{pool.db.text('VM', vm, 'uuid')} {name}"
         moment = Timestamp(f"{taken[:4]}{taken[4:8]}T{taken[9:11]}:{taken[11:13]}:{taken[13:15]}Z")
-        return vms.take_snapshot(
+        return snapshots.take_snapshot(
             call, vm, names=lambda kind: self._identity(kind, label), at=moment
         )
 

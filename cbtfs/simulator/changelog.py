@@ -29,6 +29,7 @@ class ChangeLog:
         parent: uuid of the VDI with the next older log, "" if none.
         child: uuid of the VDI with the next newer log, "" if none.
         consistent: False while a host has the disk open for writing, and after it crashed.
+        pages: 4 KiB pieces of the bitmap by number; those without a set bit may be missing.
     """
 
     def __init__(self, size: int) -> None:
@@ -36,7 +37,7 @@ class ChangeLog:
         self.parent = ""
         self.child = ""
         self.consistent = True
-        self._pages: dict[int, bytearray] = {}
+        self.pages: dict[int, bytearray] = {}
         self._on_disk: dict[int, bytes] | None = None
 
     def __repr__(self) -> str:
@@ -63,7 +64,7 @@ class ChangeLog:
 
     def merge(self, older: "ChangeLog") -> None:
         """Add the writes of ``older``, as destroying its VDI does."""
-        for number, page in older._pages.items():
+        for number, page in older.pages.items():
             mine = self._page(number)
             both = int.from_bytes(mine, "little") | int.from_bytes(page, "little")
             mine[:] = both.to_bytes(_PAGE, "little")
@@ -72,8 +73,8 @@ class ChangeLog:
         """Return a copy that has forgotten the first ``count`` blocks written."""
         kept = ChangeLog(self.size)
         kept.merge(self)
-        for number in sorted(kept._pages):
-            page = kept._pages[number]
+        for number in sorted(kept.pages):
+            page = kept.pages[number]
             for block in list(_set_bits(page, first=0)):
                 if not count:
                     return kept
@@ -88,7 +89,7 @@ class ChangeLog:
     def bitmap(self) -> bytearray:
         """Return the whole bitmap, lowest bit first."""
         bits = bytearray(-(-self.length() // _PAGE) * _PAGE)
-        for number, page in self._pages.items():
+        for number, page in self.pages.items():
             bits[number * _PAGE : (number + 1) * _PAGE] = page
         del bits[self.length() :]
         return bits
@@ -96,20 +97,18 @@ class ChangeLog:
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Yield the half-open byte ranges written, in order, neighbours joined, within size."""
         since = until = -1
-        for number in sorted(self._pages):
-            for block in _set_bits(self._pages[number], first=number * _PAGE * 8):
-                if block != until:
-                    if until > since:
-                        yield since * BLOCK, until * BLOCK
-                    since = block
-                until = block + 1
+        for block in self._blocks():
+            if block != until and until > since:
+                yield since * BLOCK, until * BLOCK
+            since = since if block == until else block
+            until = block + 1
         if until > since:
             yield since * BLOCK, min(until * BLOCK, self.size)
 
     def activate(self) -> None:
         """A host opened the disk for writing: from now on the file on disk lags behind."""
         self.consistent = False
-        self._on_disk = {number: bytes(page) for number, page in self._pages.items()}
+        self._on_disk = {number: bytes(page) for number, page in self.pages.items()}
 
     def deactivate(self) -> None:
         """The host closed it in good order."""
@@ -119,12 +118,12 @@ class ChangeLog:
     def crash(self) -> None:
         """The host died: what it had only in memory is lost, at worst everything since."""
         if self._on_disk is not None:
-            self._pages = {number: bytearray(page) for number, page in self._on_disk.items()}
+            self.pages = {number: bytearray(page) for number, page in self._on_disk.items()}
             self._on_disk = None
 
     def dump(self) -> dict[str, object]:
         """Return the log as JSON can hold it."""
-        pages = {str(n): base64.b64encode(p).decode() for n, p in self._pages.items() if any(p)}
+        pages = {str(n): base64.b64encode(p).decode() for n, p in self.pages.items() if any(p)}
         return {
             "size": self.size,
             "parent": self.parent,
@@ -141,11 +140,15 @@ class ChangeLog:
         self.consistent = bool(dump["consistent"])
         pages = dump["pages"]
         if isinstance(pages, dict):
-            self._pages = {int(n): bytearray(base64.b64decode(p)) for n, p in pages.items()}
+            self.pages = {int(n): bytearray(base64.b64decode(p)) for n, p in pages.items()}
         return self
 
+    def _blocks(self) -> Iterator[int]:
+        for number in sorted(self.pages):
+            yield from _set_bits(self.pages[number], first=number * _PAGE * 8)
+
     def _page(self, number: int) -> bytearray:
-        return self._pages.setdefault(number, bytearray(_PAGE))
+        return self.pages.setdefault(number, bytearray(_PAGE))
 
     def _or_byte(self, index: int, bits: int) -> None:
         self._page(index // _PAGE)[index % _PAGE] |= bits

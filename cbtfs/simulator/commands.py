@@ -22,8 +22,9 @@ Objects are named by uuid, or by name where that is unique.
 import json
 from collections.abc import Callable, Sequence
 
-from .. import errors
-from . import api, nbdinfo, sessions, vms, volumes
+from cbtfs import errors
+
+from . import api, disasters, nbdinfo, sessions, vms, volumes
 from .failures import SimError
 from .state import State
 from .values import Value
@@ -132,6 +133,21 @@ def _crash_vm(state: State, args: Sequence[str]) -> object:
     return {}
 
 
+def _crash_host(state: State, args: Sequence[str]) -> object:
+    disasters.crash_host(state, find(state, "host", args[0]))
+    return {}
+
+
+def _failover(state: State, args: Sequence[str]) -> object:
+    disasters.promote(state, find(state, "host", args[0]))
+    return {}
+
+
+def _restart_xapi(state: State, _: Sequence[str]) -> object:
+    disasters.restart_xapi(state)
+    return {}
+
+
 def _expire(state: State, _: Sequence[str]) -> object:
     return sessions.expire(state)
 
@@ -172,6 +188,9 @@ COMMANDS: dict[str, tuple[tuple[str, ...], Command]] = {
     "changed-log": (("A", "B"), _changed_log),
     "volume": (("VDI",), _volume),
     "crash-vm": (("VM",), _crash_vm),
+    "crash-host": (("HOST",), _crash_host),
+    "failover": (("HOST",), _failover),
+    "restart-xapi": ((), _restart_xapi),
     "expire-sessions": ((), _expire),
     "collect": ((), _collect),
     "save": ((), _save),

@@ -89,11 +89,9 @@ def pbd_unplug(call: Call) -> Value:
     state, pbd = call.state, call.text("self")
     with state.lock:
         host = state.db.text("PBD", pbd, "host")
-        sr = state.db.text("PBD", pbd, "SR")
-        for vdi in state.db.refs("SR", sr, "VDIs"):
-            for vbd in operations.attached(state, vdi):
-                if attachments.host_of(state, vbd) == host:
-                    raise SimError("VDI_IN_USE", vdi, "detach")
+        for vdi in state.db.refs("SR", state.db.text("PBD", pbd, "SR"), "VDIs"):
+            if any(attachments.host_of(state, v) == host for v in operations.attached(state, vdi)):
+                raise SimError("VDI_IN_USE", vdi, "detach")
         state.db.set("PBD", pbd, currently_attached=False)
     return ""
 
@@ -102,17 +100,16 @@ def pbd_unplug(call: Call) -> Value:
 def sr_scan(call: Call) -> Value:
     """Look at what is on an SR: utilisations, forgotten VDIs, and a wrong size of metadata."""
     state, sr = call.state, call.text("sr")
-    with operations.locked(state, sr, "scan", cancelled=call.cancelled):
-        with state.lock:
-            for uuid in [u for u, place in state.forgotten.items() if place == sr]:
-                del state.forgotten[uuid]
-                volumes.introduce(state, sr, uuid)
-            for vdi in state.db.refs("SR", sr, "VDIs"):
-                if state.db.text("VDI", vdi, "type") == "cbt_metadata":
-                    state.db.set("VDI", vdi, virtual_size=_LOG_SIZE)
-                else:
-                    volumes.measure(state, vdi)
-            volumes.measure_sr(state, sr)
+    with operations.locked(state, sr, "scan", cancelled=call.cancelled), state.lock:
+        for uuid in [u for u, place in state.forgotten.items() if place == sr]:
+            del state.forgotten[uuid]
+            volumes.introduce(state, sr, uuid)
+        for vdi in state.db.refs("SR", sr, "VDIs"):
+            if state.db.text("VDI", vdi, "type") == "cbt_metadata":
+                state.db.set("VDI", vdi, virtual_size=_LOG_SIZE)
+            else:
+                volumes.measure(state, vdi)
+        volumes.measure_sr(state, sr)
     return ""
 
 
@@ -134,10 +131,10 @@ def network_add_purpose(call: Call) -> Value:
     if value not in PURPOSES:
         raise SimError("VALUE_NOT_SUPPORTED", "purpose", value, "unknown purpose")
     with state.lock:
-        for other in state.db.records("network"):
-            for given in state.db.refs("network", other, "purpose"):
-                if given != value:
-                    raise SimError("NETWORK_INCOMPATIBLE_PURPOSES", value, given)
+        networks = state.db.records("network")
+        given = {p for other in networks for p in state.db.refs("network", other, "purpose")}
+        for conflicting in given - {value}:
+            raise SimError("NETWORK_INCOMPATIBLE_PURPOSES", value, conflicting)
         purposes = {*state.db.refs("network", network, "purpose"), value}
         state.db.set("network", network, purpose=[*sorted(purposes)])
     return ""

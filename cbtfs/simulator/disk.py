@@ -127,7 +127,7 @@ class Disk:
 
         What a delta export copies: nothing outside them can differ.
         """
-        mine, theirs = self._layers, base._layers
+        mine, theirs = self._layers, base.chain()
         own = [layer for layer in mine if layer not in theirs]
         return layers.held([*own, *(layer for layer in theirs if layer not in mine)])
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .. import errors, units
+from cbtfs import errors, units
+
 from .failures import SimError
 
 
@@ -53,8 +54,8 @@ KEYS: dict[str, Key] = {
     "http.status": Key("text", "", "answer every request with this HTTP status"),
     "http.truncate": Key("size", "", "cut bodies of disk exports after that many bytes"),
     # xapi
-    "xapi.delay": Key("rules", "", "METHOD:SECONDS,… – a call takes longer (METHOD may be VDI.*)"),
-    "xapi.fail": Key("rules", "", "METHOD[*COUNT]:CODE[:PARAM…],… – a call fails, COUNT times"),
+    "xapi.delay": Key("rules", "", "METHOD:SECONDS,…: a call takes longer (METHOD may be VDI.*)"),
+    "xapi.fail": Key("rules", "", "METHOD[*COUNT]:CODE[:PARAM…],…: a call fails, COUNT times"),
     "xapi.fail_after": Key("rules", "", "as xapi.fail, but the call is carried out first"),
     "xapi.auth_delay": Key("duration", "0.2", "delay of a failed login (5 s on real hosts)"),
     "xapi.booting": Key("text", "", "host (or *) that answers HOST_STILL_BOOTING"),

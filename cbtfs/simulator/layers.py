@@ -185,20 +185,22 @@ def spans(layers: Sequence[Layer], start: int, stop: int) -> Iterator[Span]:
 def held(layers: Sequence[Layer]) -> Iterator[tuple[int, int]]:
     """Yield the half-open byte ranges held by any of ``layers``, in order, neighbours joined."""
     since = until = 0
-    chunks = sorted(set().union(*(list(layer.masks) for layer in layers)))
-    for chunk in chunks:
+    for start, stop in _held_runs(layers):
+        if start != until and until > since:
+            yield since, until
+        since = since if start == until else start
+        until = stop
+    if until > since:
+        yield since, until
+
+
+def _held_runs(layers: Sequence[Layer]) -> Iterator[tuple[int, int]]:
+    for chunk in sorted({chunk for layer in layers for chunk in list(layer.masks)}):
         mask = 0
         for layer in layers:
             mask |= layer.masks.get(chunk, 0)
-        for start, stop in _runs(mask):
-            start, stop = chunk * CHUNK + start * BLOCK, chunk * CHUNK + stop * BLOCK
-            if start != until:
-                if until > since:
-                    yield since, until
-                since = start
-            until = stop
-    if until > since:
-        yield since, until
+        for first, last in _runs(mask):
+            yield chunk * CHUNK + first * BLOCK, chunk * CHUNK + last * BLOCK
 
 
 def copy_missing(source: Layer, target: Layer, *, override: bool) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from . import operations
 from .state import State
-from .values import Value
+from .values import Record, Value
 
 PURPOSES = ("nbd", "insecure_nbd")
 
@@ -25,24 +25,19 @@ def records(state: State, vdi: str, *, session: str) -> list[Value]:
         raise operations.incompatible(state, vdi)
     sr = db.text("VDI", vdi, "SR")
     name = f"/{db.text('VDI', vdi, 'uuid')}?session_id={session}"
-    found: list[Value] = []
-    for host in db.records("host"):
-        if not state.sees_sr(host, sr):
-            continue
-        certificate = state.certificates.get(host)
-        for address in _addresses(state, host):
-            found.append(
-                {
-                    "exportname": name,
-                    "address": address,
-                    "port": state.nbd_port,
-                    "cert": certificate.pem if certificate else "",
-                    "subject": certificate.subject
-                    if certificate
-                    else db.text("host", host, "hostname"),
-                }
-            )
-    return found
+    hosts = [host for host in db.records("host") if state.sees_sr(host, sr)]
+    return [
+        {"exportname": name, "address": address, "port": state.nbd_port, **_identity(state, host)}
+        for host in hosts
+        for address in _addresses(state, host)
+    ]
+
+
+def _identity(state: State, host: str) -> Record:
+    known = state.certificates.get(host)
+    if known is None:
+        return {"cert": "", "subject": state.db.text("host", host, "hostname")}
+    return {"cert": known.pem, "subject": known.subject}
 
 
 def purpose(state: State) -> str:

@@ -180,14 +180,18 @@ def _check_cbt(state: State, vdi: str, operation: str) -> None:
             raise SimError("VDI_IS_SHARABLE", vdi)
         _check_on_boot(state, vdi)
     elif operation == "data_destroy":
-        if not db.flag("VDI", vdi, "is_a_snapshot"):
-            raise SimError("OPERATION_NOT_ALLOWED", f"VDI is not a snapshot: {vdi}")
-        if not db.flag("VDI", vdi, "cbt_enabled"):
-            raise SimError("VDI_NO_CBT_METADATA", vdi)
-        if db.text("SR", db.text("VDI", vdi, "SR"), "type") == "udev":
-            raise SimError("VDI_IS_A_PHYSICAL_DEVICE", vdi)
+        _check_data_destroy(state, vdi)
     elif operation in ("set_on_boot", "migrate") and db.flag("VDI", vdi, "cbt_enabled"):
         raise SimError("VDI_CBT_ENABLED", vdi)
+
+
+def _check_data_destroy(state: State, vdi: str) -> None:
+    if not state.db.flag("VDI", vdi, "is_a_snapshot"):
+        raise SimError("OPERATION_NOT_ALLOWED", f"VDI is not a snapshot: {vdi}")
+    if not state.db.flag("VDI", vdi, "cbt_enabled"):
+        raise SimError("VDI_NO_CBT_METADATA", vdi)
+    if state.db.text("SR", state.db.text("VDI", vdi, "SR"), "type") == "udev":
+        raise SimError("VDI_IS_A_PHYSICAL_DEVICE", vdi)
 
 
 def _check_on_boot(state: State, vdi: str) -> None:

@@ -9,11 +9,11 @@ from . import (
     api,
     attachments,
     commands,
+    disasters,
     nbdinfo,
     operations,
     sessions,
     tasks,
-    vms,
     volumes,
 )
 from .attachments import Attachment
@@ -85,8 +85,7 @@ class SimulatedPool(State):
         clean = self.restore()
         if clean is None:
             return False
-        with self.lock:
-            self._settle(crashed=not clean)
+        disasters.settle(self, crashed=not clean)
         return True
 
     def close(self) -> None:
@@ -235,24 +234,15 @@ class SimulatedPool(State):
 
     def promote(self, host_ref: str) -> None:
         """Make a host the master: sessions and tasks are lost, event tokens void."""
-        with self.lock:
-            self.db.set("pool", self.db.only("pool"), master=host_ref)
-            self.restart_xapi()
+        disasters.promote(self, host_ref)
 
     def restart_xapi(self) -> None:
         """Restart xapi: sessions and tasks are lost, event tokens void; disks stay open."""
-        with self.lock:
-            self.used.clear()
-            self.db.restart()
+        disasters.restart_xapi(self)
 
     def crash_host(self, host_ref: str) -> None:
         """Let a host die with everything that runs on it."""
-        with self.lock:
-            for vm in self.db.refs("host", host_ref, "resident_VMs"):
-                if self.db.flag("VM", vm, "is_control_domain"):
-                    self._drop_dom0_devices(vm)
-                else:
-                    vms.halt(self, vm, crashed=True)
+        disasters.crash_host(self, host_ref)
 
     def control(self, command: str, *args: str) -> object:
         """Carry out a command of the simulator, see ``commands``; the answer fits into JSON.
@@ -277,23 +267,3 @@ class SimulatedPool(State):
             address=self.db.text("host", ref, "address"),
             nbd_addresses=tuple(dict.fromkeys(filter(None, addresses))),
         )
-
-    def _drop_dom0_devices(self, dom0: str) -> None:
-        for vbd in self.db.refs("VM", dom0, "VBDs"):
-            if self.db.flag("VBD", vbd, "currently_attached"):
-                attachments.detach(self, vbd, crashed=True)
-            self.db.destroy("VBD", vbd)
-
-    def _settle(self, *, crashed: bool) -> None:
-        """Undo what cannot outlive the process: dom0's devices, operations in progress."""
-        for vm, record in list(self.db.records("VM").items()):
-            if record["is_control_domain"]:
-                self._drop_dom0_devices(vm)
-            elif crashed and record["power_state"] == "Running":
-                vms.halt(self, vm, crashed=True)
-        for kind in ("VDI", "VBD", "SR"):
-            for ref, record in self.db.records(kind).items():
-                if record["current_operations"]:
-                    self.db.set(kind, ref, current_operations={})
-        for sr in self.db.records("SR"):
-            self.db.set("SR", sr, allowed_operations=operations.allowed_on_sr(self, sr))

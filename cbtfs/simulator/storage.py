@@ -1,9 +1,9 @@
-"""Storage: what the storage manager does with disks, their layers and their change logs.
+r"""Storage: what the storage manager does with disks, their layers and their change logs.
 
 A snapshot freezes the leaf, which becomes a hidden VDI, and puts two empty leaves on it::
 
          live                 live   snapshot
-          |          ->          \\   /
+          |          ->          \   /
         [base]                  [hidden]
                                    |
                                  [base]
@@ -24,6 +24,7 @@ from .changelog import ChangeLog
 from .disk import Disk
 from .failures import SimError
 from .layers import Layer
+from .tracking import Tracking
 
 LONGEST_CHAIN = 30
 """Layers of a disk; one more snapshot is refused (sm, drivers/vhdutil.py)."""
@@ -43,7 +44,7 @@ class Storage:
     Attributes:
         disks: contents by uuid of the VDI, metadata-only ones included.
         hidden: frozen layers by uuid of their hidden VDI.
-        logs: change logs by uuid of the VDI; a key that is missing means tracking is off.
+        logs: change logs by uuid of the VDI.
         coalesce: whether chains are shortened at once.
     """
 
@@ -51,7 +52,7 @@ class Storage:
         self.directory = directory
         self.disks: dict[str, Disk] = {}
         self.hidden: dict[str, Layer] = {}
-        self.logs: dict[str, ChangeLog] = {}
+        self.logs = Tracking()
         self.coalesce = True
         self._owners: dict[Layer, Disk] = {}
         self._rearranged = Rearranged()
@@ -90,7 +91,9 @@ class Storage:
             if uuid not in self.logs:
                 return used
             if track:
-                self._rename_log(uuid, child, active=active)
+                self.logs.rename(uuid, child, size=self.disks[uuid].size, active=active)
+                self.disks[child].log = self.logs[child]
+                self.disks[uuid].log = self.logs[uuid]
             else:
                 self.disable_cbt(uuid)
             return used
@@ -105,7 +108,9 @@ class Storage:
         with self._lock:
             log = self.logs.get(uuid)
             if log is not None:
-                self._unlink_log(uuid, log)
+                with self.disks.get(log.child, self.disks[uuid]).lock:
+                    self.logs.unlink(uuid)
+                self.disks[uuid].log = None
             self.data_destroy(uuid)
             del self.disks[uuid]
 
@@ -171,10 +176,8 @@ class Storage:
     def disable_cbt(self, uuid: str) -> None:
         """Delete the log: nothing older can be compared with anything newer any more."""
         with self._lock, self.disks[uuid].lock:
-            log = self.logs.pop(uuid, None)
+            self.logs.drop(uuid)
             self.disks[uuid].log = None
-            if log is not None and log.parent in self.logs:
-                self.logs[log.parent].child = ""
 
     def activate(self, uuid: str) -> bool:
         """A host opens the disk for writing; False if the log was bad and tracking is off now."""
@@ -204,18 +207,7 @@ class Storage:
             SimError: fault 460 or 459, in sm's words.
         """
         with self._lock:
-            if older == newer:
-                raise _changed_blocks("Source and target VDI are same")
-            if older not in self.logs or newer not in self.logs:
-                raise _changed_blocks("Source and target VDI are unrelated")
-            chain: list[ChangeLog] = []
-            here = older
-            while here != newer:
-                here = self.logs[here].child
-                if here not in self.logs:
-                    raise _changed_blocks("Source and target VDI are unrelated")
-                _check_growth(chain[-1] if chain else None, self.logs[here])
-                chain.append(self.logs[here])
+            chain = self.logs.chain(older, newer)
             with self.disks[newer].lock:
                 return changelog.union(chain)
 
@@ -240,14 +232,12 @@ class Storage:
     def restore(self, dump: Mapping[str, object]) -> None:
         """Become what ``dump`` gave; files of no layer are removed."""
         rows = _table(dump["layers"])
-        made: dict[str, Layer] = {"": None}  # type: ignore[dict-item]
-        for name, row in rows.items():
-            made[name] = Layer(self.directory, name)
-            made[name].uuid = str(row[1])
-            made[name].masks = _masks(row[2])
-        for name, row in rows.items():
-            made[name].link(made[str(row[0])])
-        self.hidden = {layer.uuid: layer for layer in made.values() if layer and layer.uuid}
+        made = {name: Layer(self.directory, name) for name in rows}
+        for name, (parent, uuid, runs) in rows.items():
+            made[name].link(made.get(str(parent)))
+            made[name].uuid = str(uuid)
+            made[name].masks = _masks(runs)
+        self.hidden = {layer.uuid: layer for layer in made.values() if layer.uuid}
         for uuid, row in _table(dump["disks"]).items():
             size, sector, leaf = row
             disk = Disk(uuid, size=int(str(size)), sector=int(str(sector)), leaf=None)
@@ -257,7 +247,7 @@ class Storage:
         logs = dump["logs"]
         for uuid, log in logs.items() if isinstance(logs, dict) else ():
             self._put_log(str(uuid), ChangeLog.restore(log))
-        known = {path for layer in made.values() if layer for path in layer.paths()}
+        known = {path for layer in made.values() for path in layer.paths()}
         for path in set(self.directory.glob("*.raw")) - known:
             path.unlink()
 
@@ -301,36 +291,8 @@ class Storage:
         return True
 
     def _put_log(self, uuid: str, log: ChangeLog) -> None:
-        self.logs[uuid] = log
+        self.logs.put(uuid, log)
         self.disks[uuid].log = log
-
-    def _rename_log(self, uuid: str, snapshot: str, *, active: bool) -> None:
-        """Give the live log to the snapshot, start a new one (sm, VDI.py ``_cbt_snapshot``).
-
-        The snapshot's log counts as consistent whatever it was before; that is sm's hole
-        after a crash of a host.
-        """
-        old = self.logs.pop(uuid)
-        new = ChangeLog(self.disks[uuid].size)
-        old.deactivate()
-        if old.parent in self.logs:
-            self.logs[old.parent].child = snapshot
-        new.parent, new.child, old.child = snapshot, old.child, uuid
-        if active:
-            new.activate()
-        self._put_log(snapshot, old)
-        self._put_log(uuid, new)
-
-    def _unlink_log(self, uuid: str, log: ChangeLog) -> None:
-        child = self.logs.get(log.child)
-        if child is not None:
-            with self.disks[log.child].lock:
-                child.merge(log)
-                child.parent = log.parent
-        if log.parent in self.logs:
-            self.logs[log.parent].child = log.child
-        del self.logs[uuid]
-        self.disks[uuid].log = None
 
     def _discard(self, layer: Layer) -> None:
         if layer.uuid:
@@ -399,26 +361,6 @@ class Storage:
                 continue
             with disk.lock:
                 self._stack(disk, child)
-
-
-def _check_growth(before: ChangeLog | None, log: ChangeLog) -> None:
-    """Refuse sizes that do not fit together, by the test that sm makes."""
-    if before is None:
-        return
-    shrunk = log.size < before.size or log.length() < before.length()
-    stuck = log.size > before.size and log.length() <= before.length()
-    if shrunk or stuck:
-        raise failures.storage(
-            459,
-            "Changed block tracking log is in an inconsistent state.",
-            detail="Inconsistent bitmaps",
-        )
-
-
-def _changed_blocks(detail: str) -> SimError:
-    return failures.storage(
-        460, "Failed to calculate changed blocks for given VDIs.", detail=detail
-    )
 
 
 def _dump_layer(layer: Layer) -> list[object]:

@@ -73,18 +73,6 @@ def escape(text: str) -> str:
 
 def _append(parts: list[str], value: Value) -> None:
     match value:
-        case bool():
-            parts.append(f"<value><boolean>{int(value)}</boolean></value>")
-        case TypedInt():
-            parts.append(f"<value><i4>{int(value)}</i4></value>")
-        case int():
-            parts.append(f"<value>{value}</value>")
-        case float():
-            parts.append(f"<value><double>{value:.16g}</double></value>")
-        case Timestamp():
-            parts.append(f"<value><dateTime.iso8601>{value}</dateTime.iso8601></value>")
-        case str():
-            parts.append(f"<value>{escape(value)}</value>")
         case list():
             parts.append("<value><array><data>")
             for item in value:
@@ -97,3 +85,21 @@ def _append(parts: list[str], value: Value) -> None:
                 _append(parts, item)
                 parts.append("</member>")
             parts.append("</struct></value>")
+        case _:
+            parts.append(f"<value>{_scalar(value)}</value>")
+
+
+def _scalar(value: bool | float | str) -> str:  # noqa: PLR0911 (a table, one row a type)
+    match value:
+        case bool():
+            return f"<boolean>{int(value)}</boolean>"
+        case TypedInt():
+            return f"<i4>{int(value)}</i4>"
+        case int():
+            return str(value)
+        case float():
+            return f"<double>{value:.16g}</double>"
+        case Timestamp():
+            return f"<dateTime.iso8601>{value}</dateTime.iso8601>"
+        case _:
+            return escape(value)
