@@ -108,7 +108,8 @@ class Api:
     """XML-RPC as any third party would speak it: results as they come, failures as `Failure`."""
 
     def __init__(self, pool: RunningPool, *, host: int = 0, session: str = "") -> None:
-        self._proxy = pool.proxy(host)
+        self._pool = pool
+        self._host = host
         self.session = session
 
     def login(self, user: str = "root", password: str = "simulated") -> "Api":
@@ -118,7 +119,8 @@ class Api:
 
     def raw(self, method: str, *params: object) -> object:
         """Call without a session; raise `Failure` if the pool says so."""
-        answer = getattr(self._proxy, method)(*params)
+        with self._pool.proxy(self._host) as proxy:  # a connection per call: nothing to close
+            answer = getattr(proxy, method)(*params)
         assert isinstance(answer, dict)
         if answer["Status"] != "Success":
             raise Failure([str(part) for part in answer["ErrorDescription"]])

@@ -494,7 +494,7 @@ def test_get_nbd_info_lists_each_address_of_each_host(
     assert all(row["address"].endswith("/64") for row in rows if ":" in row["address"])
     assert sum(":" in row["address"] for row in rows) == 2
     assert {row["port"] for row in rows} == {str(pool.nbd_port)}
-    assert [row["subject"] for row in rows] == ["xcp1.sim"] * 2 + ["xcp2.sim"] * 2
+    assert [row["subject"] for row in rows] == ["xcp1"] * 2 + ["xcp2"] * 2
     assert len({row["exportname"] for row in rows}) == 1
 
 

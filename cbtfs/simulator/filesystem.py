@@ -22,7 +22,6 @@ _FEATURES = (
     "has_journal,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,"
     "huge_file,dir_nlink,extra_isize,metadata_csum"
 )
-_ZEROS = bytes(BLOCK)
 
 Tree = Mapping[str, bytes | str]
 """Paths without a leading slash; bytes are a file's content, a str is a symbolic link's target."""
@@ -71,11 +70,24 @@ def make_ext4(image: Path, *, size: int, label: str, seed: uuid.UUID, tree: Tree
 def runs(image: Path, *, offset: int = 0) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, bytes) of the blocks of ``image`` that are not zero, shifted by ``offset``."""
     with image.open("rb") as file:
-        position = 0
-        while block := file.read(BLOCK):
-            if block != _ZEROS[: len(block)]:
-                yield offset + position, block
-            position += len(block)
+        descriptor = file.fileno()
+        for start, stop in _data(descriptor, os.fstat(descriptor).st_size):
+            blocks = ((at, os.pread(descriptor, BLOCK, at)) for at in range(start, stop, BLOCK))
+            yield from ((offset + at, data) for at, data in blocks if data.count(0) != len(data))
+
+
+def _data(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the half-open ranges of a sparse file that hold data, widened to whole blocks."""
+    stop = 0
+    while stop < size:
+        try:
+            start = os.lseek(descriptor, stop, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole follows
+            return
+        start = max(stop, start // BLOCK * BLOCK)
+        hole = os.lseek(descriptor, start, os.SEEK_HOLE)
+        stop = max(start + BLOCK, -(-hole // BLOCK) * BLOCK)
+        yield start, min(stop, size)
 
 
 def _write_tree(source: Path, tree: Tree) -> list[str]:

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 USER = "root"
 PASSWORD = "simulated"
+DOMAIN = "sim"
 
 _TICK = 0.02
 _AUTOSAVE = 5.0
@@ -287,7 +288,7 @@ def _identities(
 ) -> dict[str, Identity]:
     folder = directory / "hosts"
     subjects = [
-        Subject(f"{host.name}{suffix}", host.hostname, (host.address,))
+        Subject(f"{host.name}{suffix}", f"{host.hostname}.{DOMAIN}", (host.address,))
         for host in hosts
         for suffix in ("", ".impostor")
     ]
@@ -295,6 +296,7 @@ def _identities(
     identities = {}
     for host in hosts:
         pem = certificates.certificate_path(folder, host.name).read_text(encoding="ascii")
+        # xapi answers the smallest of the certificate's names: the short one
         pool.set_certificate(host.ref, pem, subject=host.hostname)
         identities[host.ref] = Identity(
             names=(host.name, host.hostname, host.uuid, host.address, *host.nbd_addresses),
