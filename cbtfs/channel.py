@@ -16,6 +16,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import cast
 
 import trio
@@ -51,6 +52,7 @@ class Channel:
         self.socket, self._pair = socket.socketpair()
         self._session = session
         self._flags = struct.pack(">I", flags)
+        self._relaying = False
         # the relay's thread blocks; trio's sockets do not
         self._tcp = socket.socket(fileno=stream.socket.detach())
         self._tcp.setblocking(True)
@@ -59,23 +61,23 @@ class Channel:
         self._pair.sendall(_GREETING.pack(_NBDMAGIC, _IHAVEOPT, flags))
 
     async def run(self) -> None:
-        """Relay until one side ends. If cancelled, the connection is closed."""
-        try:
-            await trio.to_thread.run_sync(
-                self._relay, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-            )
-        finally:
-            self.close()
+        """Relay until the host hangs up or ``close`` is called; survives cancellation.
+
+        Whoever is cancelled still wants to say goodbye to the host, and then calls ``close``.
+        """
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._relay, limiter=trio.CapacityLimiter(1))
 
     def close(self) -> None:
         """Close both sides; a relay under way ends by itself."""
         for sock in (self._pair, self._tcp):
-            try:
+            with suppress(OSError):  # the other side was faster
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # the other side was faster
+            if not self._relaying:  # else the thread does it: nobody else may reuse its numbers
+                sock.close()
 
     def _relay(self) -> None:
+        self._relaying = True
         with self._pair, self._tcp:
             try:
                 if self._received_flags():
@@ -181,11 +183,12 @@ def _names(certificate: Mapping[str, object], subject: str) -> bool:
     equal to the one the pool told.
     """
     pairs = cast(Iterable[tuple[str, str]], certificate.get("subjectAltName", ()))
-    names = [value.lower() for kind, value in pairs if kind in {"DNS", "IP Address"}]
-    dns = [name for name in names if not name.startswith("*.")]
+    names = {(kind, value.lower()) for kind, value in pairs}
     wanted = subject.lower()
-    wild = wanted.partition(".")[2]
-    return not dns or wanted in names or f"*.{wanted}" in names or f"*.{wild}" in names
+    strict = {("DNS", wanted), ("IP Address", wanted)}
+    wild = {("DNS", f"*.{wanted}"), ("DNS", f"*.{wanted.partition('.')[2]}")}
+    nameless = not any(kind == "DNS" for kind, _ in names)
+    return nameless or not names.isdisjoint(strict | wild)
 
 
 class _Relay:

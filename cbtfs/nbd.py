@@ -22,7 +22,7 @@ import socket
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import nbd as libnbd
 import trio
@@ -118,6 +118,7 @@ class Export:
         self._finished: list[_Request] = []
         self._slots = trio.Semaphore(MAX_IN_FLIGHT)
         self._abort: Callable[[], None] = _nothing
+        self._watched: socket.socket | None = None
         self._active = 0.0  # when the last byte came
         self._ready = trio.Event()
         self._ended = trio.Event()
@@ -187,12 +188,19 @@ class Export:
             self._handle.aio_pread(libnbd.Buffer.from_buffer(view), offset, request.record)
         except libnbd.Error as exc:
             self._slots.release()
-            raise errors.ExportLost(f"{self.address}: {self._told(exc)}") from None
+            self._lose(self._told(exc))
+            raise errors.ExportLost(self.lost) from None
         except errors.ExportLost:
             self._slots.release()
             raise
-        self._settle()
+        self._notice_end()
         return request
+
+    def _notice_end(self) -> None:
+        """Wake the pump if the call just made ended the connection."""
+        self._settle()
+        if self._handle.aio_is_dead() or self._handle.aio_is_closed():
+            self._abort()
 
     async def _answered(self, request: _Request) -> None:
         while not request.done.is_set():
@@ -221,7 +229,7 @@ class Export:
     def _check(self, request: _Request) -> None:
         if not request.error:
             return
-        if self.lost or request.error in _GONE:
+        if request.error in _GONE:  # also what libnbd reports for requests cut off by the end
             raise errors.ExportLost(self.lost or f"{self.address}: the connection is gone")
         raise errors.ExportError(
             f"{self.address} cannot read {len(request.view)} bytes at {request.offset}: "
@@ -237,8 +245,13 @@ class Export:
     async def connect(self, sock: socket.socket, *, abort: Callable[[], None]) -> None:
         """Let libnbd greet the server over ``sock``, which it takes over; needs ``drive``."""
         self._abort = abort
+        # libnbd closes its own whenever it sees fit, also while we wait for it
+        self._watched = sock.dup()
         sock.setblocking(False)
-        self._handle.aio_connect_socket(sock.detach())
+        try:
+            self._handle.aio_connect_socket(sock.detach())
+        except libnbd.Error as exc:
+            raise errors.ExportLost(f"{self.address}: {self._told(exc)}") from None
         await self._ready.wait()
         if self.lost:
             kind = errors.ExportError if self._refused else errors.ExportLost
@@ -262,14 +275,14 @@ class Export:
 
     async def _step(self) -> bool:
         """Wait for the socket and notify libnbd once; return whether the connection lives."""
-        handle = self._handle
+        handle, watched = self._handle, cast(socket.socket, self._watched)
         try:
             # whenever requests wait to be written, replies are due too (see MAX_IN_FLIGHT)
             if handle.aio_get_direction() == libnbd.AIO_DIRECTION_WRITE:
-                await trio.lowlevel.wait_writable(handle.aio_get_fd())
+                await trio.lowlevel.wait_writable(watched)
                 handle.aio_notify_write()
             else:
-                await trio.lowlevel.wait_readable(handle.aio_get_fd())
+                await trio.lowlevel.wait_readable(watched)
                 self._active = trio.current_time()
                 handle.aio_notify_read()
         except libnbd.Error as exc:
@@ -296,6 +309,7 @@ class Export:
             try:
                 if not self._ended.is_set() and self._handle.aio_is_ready():
                     self._handle.aio_disconnect()
+                    self._notice_end()
                     await self._ended.wait()
             except libnbd.Error as exc:
                 logger.debug("%s: disconnect: %s", self.address, self._told(exc))
@@ -307,6 +321,8 @@ class Export:
     def forget(self) -> None:
         """Free what libnbd holds; called when nothing waits for its socket any more."""
         del self._handle
+        if self._watched is not None:
+            self._watched.close()
 
     def _refusal(self, exc: libnbd.Error) -> int:
         """Return the errno of a server that said no in the handshake, 0 for a lost connection."""
@@ -342,18 +358,19 @@ async def open_export(
         ExportLost: nobody answers, or the host closed the connection.
         ExportError: the host speaks NBD, and refused.
     """
-    limits = timeouts or Timeouts()
-    export = Export(address, timeouts=limits)
+    export = Export(address, timeouts=timeouts or Timeouts())
     failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        try:
-            await _connect(export, nursery)
-            yield export
-        except Exception as exc:  # carried out of the nursery, which would wrap it in a group
-            failure = exc
-        finally:
-            await export.close()
-    export.forget()
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                await _connect(export, nursery)
+                yield export
+            except Exception as exc:  # carried out of the nursery, which would put it in a group
+                failure = exc
+            finally:
+                await export.close()
+    finally:
+        export.forget()
     if failure is not None:
         raise failure
 

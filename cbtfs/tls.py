@@ -209,4 +209,7 @@ def explain(exc: OSError) -> str:
         if isinstance(cause, BaseExceptionGroup):
             group = cast(BaseExceptionGroup[BaseException], cause)
             cause = group.exceptions[0]
+    number = getattr(cause, "errno", None)
+    if isinstance(number, int) and number > 0:
+        return os.strerror(number)
     return str(getattr(cause, "strerror", None) or cause) or type(cause).__name__

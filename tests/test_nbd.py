@@ -1,0 +1,338 @@
+"""An export reads what is asked for, and ends in good order or with the right error."""
+
+import socket
+import subprocess
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+import trustme
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from cbtfs import errors, nbd
+from cbtfs.nbd import Export, NbdAddress
+
+from .hosts import CONTENT, QUICK, Certificate, NbdHost, certificate, nbd_host
+
+SIZE = len(CONTENT)
+
+
+@pytest.fixture
+def own() -> Certificate:
+    return certificate("xcp1.test", "10.0.0.1")
+
+
+@asynccontextmanager
+async def export_of(host: NbdHost, timeouts: nbd.Timeouts = QUICK) -> AsyncGenerator[Export]:
+    async with nbd_host(host) as address:
+        # not nested as usual: an error of the body must leave without a group around it
+        async with nbd.open_export(address, timeouts=timeouts) as export:
+            yield export
+
+
+@pytest.mark.parametrize("tls", [True, False])
+async def test_an_export_has_the_disks_size_and_bytes(own: Certificate, tls: bool) -> None:
+    async with export_of(NbdHost(own, tls=tls)) as export:
+        assert export.size == SIZE
+        assert await export.pread(SIZE, 0) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(0, 1), (1, 4096), (4095, 2), (SIZE - 1, 1), (SIZE - 512, 512), (100, SIZE - 100), (SIZE, 0)],
+)
+async def test_every_range_is_read_in_whole_blocks(
+    own: Certificate, offset: int, length: int
+) -> None:
+    host = NbdHost(own, tls=False)
+
+    async with export_of(host) as export:
+        assert await export.pread(length, offset) == CONTENT[offset : offset + length]
+
+    for start, count in host.reads:
+        assert start % 4096 == 0
+        assert count % 4096 == 0 or start + count == SIZE
+
+
+@given(st.lists(st.tuples(st.integers(0, SIZE), st.integers(0, 70_000)), max_size=8))
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_reads_at_the_same_time_do_not_mix(own: Certificate, ranges: list[tuple[int, int]]) -> None:
+    async def read(export: Export, offset: int, length: int) -> None:
+        length = min(length, SIZE - offset)
+        assert await export.pread(length, offset) == CONTENT[offset : offset + length]
+
+    async def main() -> None:
+        async with export_of(NbdHost(own)) as export, trio.open_nursery() as nursery:
+            for offset, length in ranges:
+                nursery.start_soon(read, export, offset, length)
+
+    trio.run(main)
+
+
+async def test_a_long_read_is_cut_into_requests(
+    own: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd, "MAX_REQUEST", 16384)
+    host = NbdHost(own)
+
+    async with export_of(host) as export:
+        buffer = bytearray(SIZE)
+        await export.read_into(buffer, 0)
+
+    assert buffer == CONTENT
+    assert max(length for _, length in host.reads) == 16384
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (SIZE, 1), (0, SIZE + 1)])
+async def test_nothing_is_read_beyond_the_disk(own: Certificate, offset: int, length: int) -> None:
+    host = NbdHost(own)
+
+    async with export_of(host) as export:
+        with pytest.raises(errors.ExportError, match="not on the disk"):
+            await export.pread(length, offset)
+
+    assert host.reads == []
+
+
+# ── who is not let in ────────────────────────────────────────────────────────────────────────────
+
+
+async def outcome(host: NbdHost, *, quick: nbd.Timeouts = QUICK, **changes: object) -> Exception:
+    found: Exception | None = None
+    async with nbd_host(host, **changes) as address:
+        try:
+            async with nbd.open_export(address, timeouts=quick):
+                pass
+        except errors.CbtfsError as exc:
+            found = exc
+    assert found is not None
+    assert "secret" not in str(found)
+    return found
+
+
+async def test_an_impostor_is_told_neither_session_nor_name(own: Certificate) -> None:
+    host = NbdHost(certificate("xcp1.test", serial=2))
+
+    assert isinstance(await outcome(host, cert_pem=own.pem), errors.AuthenticationFailed)
+    assert host.heard == b""
+
+
+async def test_a_host_without_tls_is_told_neither_session_nor_name(own: Certificate) -> None:
+    host = NbdHost(own, tls=False)
+
+    assert isinstance(await outcome(host, tls=True), errors.AuthenticationFailed)
+    assert b"session" not in host.heard
+
+
+async def test_a_full_host_is_a_lost_connection(own: Certificate) -> None:
+    for tls in (True, False):
+        found = await outcome(NbdHost(own, tls=tls, quirk="full"))
+        assert isinstance(found, errors.ExportLost)
+
+
+async def test_an_export_that_is_refused_is_a_lost_connection(own: Certificate) -> None:
+    found = await outcome(NbdHost(own, quirk="refused export"))
+
+    assert isinstance(found, errors.ExportLost)
+
+
+async def test_a_host_that_knows_no_such_export_refuses_without_its_name_being_told(
+    own: Certificate,
+) -> None:
+    found = await outcome(NbdHost(own, quirk="unknown"))
+
+    assert type(found) is errors.ExportError
+
+
+async def test_a_host_that_insists_on_tls_is_not_read_without(own: Certificate) -> None:
+    found = await outcome(NbdHost(own, tls=True), tls=False)
+
+    assert isinstance(found, errors.ExportError)
+
+
+async def test_a_host_silent_at_first_is_given_up(own: Certificate) -> None:
+    for tls in (True, False):
+        quick = replace(QUICK, connect=0.1)
+        found = await outcome(NbdHost(own, tls=tls, quirk="silent"), quick=quick)
+        assert isinstance(found, errors.ExportLost)
+        assert "did not get ready" in str(found)
+
+
+async def test_nobody_there_is_a_lost_connection(own: Certificate) -> None:
+    for tls in (True, False):
+        address = NbdAddress("127.0.0.1", 1, "name", own.pem, "xcp1.test", tls)
+        with pytest.raises(errors.ExportLost, match="Connection refused"):
+            async with nbd.open_export(address):
+                pass
+
+
+# ── what breaks later ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("quirk", ["cut", "stuck"])
+@pytest.mark.parametrize("tls", [True, False])
+async def test_a_read_that_breaks_off_loses_the_connection(
+    own: Certificate, quirk: str, tls: bool
+) -> None:
+    async with export_of(NbdHost(own, tls=tls, quirk=quirk)) as export:
+        for _ in range(2):
+            with pytest.raises(errors.ExportLost):
+                await export.pread(8192, 0)
+
+
+@pytest.mark.parametrize("quirk", ["error", "einval"])
+async def test_a_read_error_is_told(own: Certificate, quirk: str) -> None:
+    async with export_of(NbdHost(own, quirk=quirk)) as export:
+        with pytest.raises(errors.ExportError, match="cannot read 8192 bytes at 4096"):
+            await export.pread(8192, 4096)
+
+
+async def test_other_reads_fail_with_the_one_that_is_not_answered(own: Certificate) -> None:
+    failed: list[Exception] = []
+
+    async def read(export: Export, offset: int) -> None:
+        try:
+            await export.pread(4096, offset)
+        except errors.ExportLost as exc:
+            failed.append(exc)
+
+    async with export_of(NbdHost(own, quirk="stuck")) as export, trio.open_nursery() as nursery:
+        for block in range(20):
+            nursery.start_soon(read, export, 4096 * block)
+
+    assert len(failed) == 20
+
+
+async def test_a_buffer_is_not_touched_after_a_cancelled_read(
+    own: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd, "_CANCEL_GRACE", 0.05)
+    host = NbdHost(own, quirk="stuck")
+    buffer = bytearray(8192)
+
+    async with export_of(host, replace(QUICK, request=30)) as export:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(export.read_into, buffer, 0)
+            await host.stuck.wait()
+            nursery.cancel_scope.cancel()
+
+        assert export.lost  # libnbd lets go of the buffer only with its connection
+        assert buffer == bytes(8192)
+
+
+async def test_a_cancelled_read_that_is_answered_soon_costs_no_connection(
+    own: Certificate,
+) -> None:
+    async with export_of(NbdHost(own)) as export:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await export.pread(65536, 0)
+
+        assert await export.pread(4096, 0) == CONTENT[:4096]
+
+
+async def test_leaving_waits_until_the_host_has_detached_the_disk(own: Certificate) -> None:
+    host = NbdHost(own, detached=trio.Event())
+    detached = host.detached
+    left = trio.Event()
+
+    async def use(address: NbdAddress) -> None:
+        async with nbd.open_export(address, timeouts=replace(QUICK, close=20)) as export:
+            await export.pread(4096, 0)
+        left.set()
+
+    async with nbd_host(host) as address, trio.open_nursery() as nursery:
+        nursery.start_soon(use, address)
+        await host.parted.wait()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not left.is_set()
+        assert detached is not None
+        detached.set()
+        await left.wait()
+
+
+async def test_a_host_that_never_hangs_up_does_not_hold_us(own: Certificate) -> None:
+    host = NbdHost(own, detached=trio.Event())
+
+    started = time.monotonic()
+    async with export_of(host):
+        pass
+
+    assert time.monotonic() - started < 5
+
+
+async def test_an_error_of_the_user_leaves_as_it_is(own: Certificate) -> None:
+    async with nbd_host(NbdHost(own)) as address:
+        with pytest.raises(KeyError, match="mine"):
+            async with nbd.open_export(address):
+                raise KeyError("mine")
+
+
+async def test_leaving_by_cancellation_says_goodbye(own: Certificate) -> None:
+    host = NbdHost(own)
+
+    async with nbd_host(host) as address:
+        with trio.CancelScope() as scope:
+            async with nbd.open_export(address):
+                scope.cancel()
+                await trio.sleep_forever()
+
+    assert host.parted.is_set()
+
+
+def test_an_address_keeps_its_credential_to_itself() -> None:
+    address = NbdAddress("10.0.0.1", 10809, "/uuid?session_id=OpaqueRef:secret", "pem")
+
+    assert "secret" not in f"{address!r} {address}"
+
+
+# ── a second opinion ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def nbdkit(tmp_path: Path) -> Callable[[list[str]], list[str]]:
+    """Arguments of an nbdkit with TLS, whose certificate is ``server-cert.pem``."""
+    authority = trustme.CA()
+    leaf = authority.issue_cert("xcp1.test")
+    authority.cert_pem.write_to_path(tmp_path / "ca-cert.pem")
+    leaf.private_key_pem.write_to_path(tmp_path / "server-key.pem")
+    leaf.cert_chain_pems[0].write_to_path(tmp_path / "server-cert.pem")
+
+    def command(arguments: list[str]) -> list[str]:
+        pki = f"--tls-certificates={tmp_path}"
+        return ["nbdkit", "-f", "--tls=require", pki, "-i127.0.0.1", *arguments]
+
+    return command
+
+
+async def test_nbdkit_is_read_through_tls_1_3(
+    nbdkit: Callable[[list[str]], list[str]], tmp_path: Path, unused_port: int
+) -> None:
+    pidfile = tmp_path / "pid"
+    command = nbdkit([f"-p{unused_port}", f"-P{pidfile}", "pattern", "8M"])
+    server = subprocess.Popen(command)  # noqa: ASYNC220 - starts at once
+    try:
+        while not pidfile.exists():  # noqa: ASYNC110 - the only sign that nbdkit gives
+            await trio.sleep(0.01)
+        pem = (tmp_path / "server-cert.pem").read_text()
+        address = NbdAddress("127.0.0.1", unused_port, "", pem, "xcp1.test")
+        async with nbd.open_export(address) as export:
+            data = await export.pread(8 << 20, 0)
+    finally:
+        server.terminate()
+        server.wait()
+
+    assert data == b"".join(offset.to_bytes(8, "big") for offset in range(0, 8 << 20, 8))
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
