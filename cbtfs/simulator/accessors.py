@@ -6,6 +6,7 @@ from . import fields, volumes
 from .failures import SimError
 from .fields import Field
 from .methods import Call, Handler, Method, parse
+from .state import State
 from .values import Record, Value
 
 _HIDDEN = ("session",)  # classes whose objects cannot be listed
@@ -78,6 +79,7 @@ def _change(kind: str, field: Field, prefix: str, handler: Changer) -> Made | No
 
 def _record(call: Call, kind: str) -> Value:
     with call.state.lock:
+        _bring_up_to_date(call.state, kind)
         return dict(call.state.db.record(kind, call.text("self")))
 
 
@@ -100,10 +102,20 @@ def _all(call: Call, kind: str) -> Value:
 
 def _all_records(call: Call, kind: str) -> Value:
     with call.state.lock:
-        if kind == "VDI":
-            volumes.measure_open(call.state)
+        _bring_up_to_date(call.state, kind)
         records: Record = {r: dict(v) for r, v in call.state.db.records(kind).items()}
         return Table(records, text=call.state.db.json(kind))
+
+
+def _bring_up_to_date(state: State, kind: str) -> None:
+    """Set fields that follow something else than calls: guests' writes, a setting."""
+    if kind == "VDI":
+        volumes.measure_open(state)
+    elif kind == "pool":
+        restricted = "true" if state.faults.flag("licence.restrict_cbt") else "false"
+        pool = state.db.only("pool")
+        restrictions = state.db.mapping("pool", pool, "restrictions")
+        state.db.set("pool", pool, restrictions=restrictions | {"restrict_cbt": restricted})
 
 
 def _get(call: Call, kind: str, name: str) -> Value:

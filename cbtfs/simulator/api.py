@@ -121,7 +121,7 @@ def _start(call: Call, called: Method) -> str:
     state = call.state
     task = tasks.create(state, f"Async.{call.method}")
     watched = Call(
-        state, call.method, call.host, call.session, call.arguments, tasks.cancellation(task)
+        state, call.method, call.host, call.session, call.arguments, tasks.cancellation(state, task)
     )
 
     def run() -> None:

@@ -141,7 +141,7 @@ def free_devices(state: State, vm: str) -> list[str]:
     """Return the user device numbers that a VM has left, as strings."""
     db = state.db
     taken = {db.text("VBD", vbd, "userdevice") for vbd in db.refs("VM", vm, "VBDs")}
-    most = 255 if not db.flag("VM", vm, "is_control_domain") else 4096
+    most = 4096 if db.flag("VM", vm, "is_control_domain") else 255
     return [str(n) for n in range(most) if str(n) not in taken]
 
 
@@ -222,6 +222,8 @@ def _check_plug(state: State, vbd: str) -> None:
     if db.flag("VBD", vbd, "currently_attached"):
         raise SimError("DEVICE_ALREADY_ATTACHED", vbd)
     host = db.text("VM", vm, "resident_on")
+    if known(host) and state.faults.hits("host.down", state.host_name(host)):
+        raise SimError("CANNOT_CONTACT_HOST", host)
     if not known(host):
         power = db.text("VM", vm, "power_state").lower()
         raise SimError("VM_BAD_POWER_STATE", vm, "running", power)

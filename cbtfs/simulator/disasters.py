@@ -46,9 +46,13 @@ def settle(state: State, *, crashed: bool) -> None:
                 drop_dom0_devices(state, vm)
             elif crashed and record["power_state"] == "Running":
                 vms.halt(state, vm, crashed=True)
-        for kind in ("VDI", "VBD", "SR"):
-            for ref, record in state.db.records(kind).items():
-                if record["current_operations"]:
-                    state.db.set(kind, ref, current_operations={})
+        _forget_operations(state)
         for sr in state.db.records("SR"):
             state.db.set("SR", sr, allowed_operations=operations.allowed_on_sr(state, sr))
+
+
+def _forget_operations(state: State) -> None:
+    for kind in ("VDI", "VBD", "SR"):
+        busy = [r for r, record in state.db.records(kind).items() if record["current_operations"]]
+        for ref in busy:
+            state.db.set(kind, ref, current_operations={})

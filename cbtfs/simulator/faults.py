@@ -62,6 +62,7 @@ KEYS: dict[str, Key] = {
     "xapi.idle": Key("duration", "24h", "a session unused for so long ends"),
     "xapi.batch": Key("duration", "50ms", "event.from gathers events for so long"),
     "licence.restrict_cbt": Key("flag", "off", "enable_cbt answers LICENCE_RESTRICTION"),
+    "host.down": Key("text", "", "host (or *) that nobody can reach: get_nbd_info fails"),
     # storage
     "sr.delay": Key("duration", "0", "each locked operation of an SR takes that much longer"),
     "sr.lock": Key("duration", "0", "somebody else holds every SR's lock for so long from now"),

@@ -53,6 +53,7 @@ class Layer:
         parent: the layer below, None at the bottom.
         children: the layers directly above.
         uuid: of the hidden VDI ("base copy") this layer is, "" for a leaf.
+        size: of the disk when it was frozen, in bytes; 0 for a leaf.
         masks: number of a chunk → bits of the blocks held, lowest bit first.
     """
 
@@ -60,6 +61,7 @@ class Layer:
         self.directory = directory
         self.name = name
         self.uuid = ""
+        self.size = 0
         self.masks: dict[int, int] = {}
         self.children: set[Layer] = set()
         self.parent: Layer | None = None

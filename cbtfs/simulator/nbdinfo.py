@@ -8,6 +8,7 @@ entry has a certificate even where the purpose is insecure_nbd.
 from collections.abc import Iterator
 
 from . import operations
+from .failures import SimError
 from .state import State
 from .values import Record, Value
 
@@ -18,7 +19,8 @@ def records(state: State, vdi: str, *, session: str) -> list[Value]:
     """Return the ``vdi_nbd_server_info`` records of a VDI; the caller holds the state's lock.
 
     Raises:
-        SimError: VDI_INCOMPATIBLE_TYPE.
+        SimError: VDI_INCOMPATIBLE_TYPE; CANNOT_CONTACT_HOST, as each host is asked for its
+            certificate.
     """
     db = state.db
     if db.text("VDI", vdi, "type") == "cbt_metadata":
@@ -26,6 +28,9 @@ def records(state: State, vdi: str, *, session: str) -> list[Value]:
     sr = db.text("VDI", vdi, "SR")
     name = f"/{db.text('VDI', vdi, 'uuid')}?session_id={session}"
     hosts = [host for host in db.records("host") if state.sees_sr(host, sr)]
+    for host in hosts:
+        if state.faults.hits("host.down", state.host_name(host)):
+            raise SimError("CANNOT_CONTACT_HOST", host)
     return [
         {"exportname": name, "address": address, "port": state.nbd_port, **_identity(state, host)}
         for host in hosts

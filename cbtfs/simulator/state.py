@@ -93,6 +93,7 @@ class State:
         self.plugging: Counter[str] = Counter()
         self.sr_locks: dict[str, threading.Lock] = {}
         self.forgotten: dict[str, str] = {}
+        self.cancellations: dict[str, threading.Event] = {}
         self._counting = threading.Lock()
 
     # ── helpers ──────────────────────────────────────────────────────────────────────────

@@ -155,7 +155,7 @@ class Storage:
         """Return what changed in the tree of hidden VDIs since the last call."""
         with self._lock:
             found, self._rearranged = self._rearranged, Rearranged()
-            found.moved &= self.disks.keys() | self.hidden.keys()
+            found.moved = {u for u in found.moved if u in self.disks or u in self.hidden}
             return found
 
     def parent(self, uuid: str) -> str:
@@ -233,9 +233,9 @@ class Storage:
         """Become what ``dump`` gave; files of no layer are removed."""
         rows = _table(dump["layers"])
         made = {name: Layer(self.directory, name) for name in rows}
-        for name, (parent, uuid, runs) in rows.items():
+        for name, (parent, uuid, size, runs) in rows.items():
             made[name].link(made.get(str(parent)))
-            made[name].uuid = str(uuid)
+            made[name].uuid, made[name].size = str(uuid), int(str(size))
             made[name].masks = _masks(runs)
         self.hidden = {layer.uuid: layer for layer in made.values() if layer.uuid}
         for uuid, row in _table(dump["disks"]).items():
@@ -247,9 +247,9 @@ class Storage:
         logs = dump["logs"]
         for uuid, log in logs.items() if isinstance(logs, dict) else ():
             self._put_log(str(uuid), ChangeLog.restore(log))
-        known = {path for layer in made.values() for path in layer.paths()}
-        for path in set(self.directory.glob("*.raw")) - known:
-            path.unlink()
+        for path in self.directory.glob("*.raw"):
+            if path.name.partition(".")[0] not in made:
+                path.unlink()
 
     def empty_trash(self) -> None:
         """Remove files of layers that are gone; called once a state without them is saved."""
@@ -285,7 +285,7 @@ class Storage:
             raise SimError("SR_BACKEND_FAILURE_109", "", "The snapshot chain is too long", "")
         self._stack(copy, self._new_layer(parent=leaf))
         self._stack(disk, self._new_layer(parent=leaf))
-        leaf.uuid = hidden
+        leaf.uuid, leaf.size = hidden, disk.size
         self.hidden[hidden] = leaf
         self._rearranged.moved.add(hidden)
         return True
@@ -364,14 +364,14 @@ class Storage:
 
 
 def _dump_layer(layer: Layer) -> list[object]:
-    """Return [parent, uuid, [first chunk, count, mask, …]] with runs of equal masks joined."""
+    """Return [parent, uuid, size, [first chunk, count, mask, …]] with runs of equal masks joined."""
     runs: list[int] = []
     for chunk, mask in sorted(layer.masks.items()):
         if runs and runs[-1] == mask and runs[-3] + runs[-2] == chunk:
             runs[-2] += 1
         else:
             runs += [chunk, 1, mask]
-    return [layer.parent.name if layer.parent is not None else "", layer.uuid, runs]
+    return [layer.parent.name if layer.parent is not None else "", layer.uuid, layer.size, runs]
 
 
 def _masks(runs: object) -> dict[int, int]:

@@ -13,8 +13,6 @@ from .values import NULL, Timestamp, Value
 MOST_FINISHED = 200
 """Finished tasks that are kept (xen-api, ocaml/xapi/db_gc_util.ml)."""
 
-_cancelled: dict[str, threading.Event] = {}
-
 
 def create(state: State, label: str, *, description: str = "") -> str:
     """Return the ref of a new pending task."""
@@ -35,13 +33,13 @@ def create(state: State, label: str, *, description: str = "") -> str:
                 "allowed_operations": ["cancel", "destroy"],
             },
         )
-        _cancelled[task] = threading.Event()
+        state.cancellations[task] = threading.Event()
         return task
 
 
-def cancellation(task: str) -> threading.Event:
+def cancellation(state: State, task: str) -> threading.Event:
     """Return the event that is set when a task is cancelled."""
-    return _cancelled.setdefault(task, threading.Event())
+    return state.cancellations.setdefault(task, threading.Event())
 
 
 def progress(state: State, task: str, value: float) -> None:
@@ -64,8 +62,10 @@ def finish_with(state: State, task: str, value: Value) -> None:
 def fail(state: State, task: str, failure: Exception) -> None:
     """Fail a task; whatever is not a SimError becomes INTERNAL_ERROR."""
     known = failure if isinstance(failure, SimError) else internal(failure)
-    status = "cancelled" if known.code == "TASK_CANCELLED" else "failure"
-    _end(state, task, status=status, error=[known.code, *known.params])
+    if known.code == "TASK_CANCELLED":
+        _end(state, task, status="cancelled", error=[known.code, task])
+    else:
+        _end(state, task, status="failure", error=[known.code, *known.params])
 
 
 def cancel(state: State, task: str) -> None:
@@ -73,7 +73,7 @@ def cancel(state: State, task: str) -> None:
     with state.lock:
         if state.db.text("task", task, "status") == "pending":
             state.db.set("task", task, status="cancelling")
-        cancellation(task).set()
+        cancellation(state, task).set()
 
 
 def internal(failure: Exception) -> SimError:
@@ -85,7 +85,7 @@ def _end(
     state: State, task: str, *, status: str, result: str = "", error: list[str] | None = None
 ) -> None:
     with state.lock:
-        _cancelled.pop(task, None)
+        state.cancellations.pop(task, None)
         if not state.db.exists("task", task):
             return
         if state.db.text("task", task, "status") not in ("pending", "cancelling"):

@@ -191,8 +191,8 @@ def follow_chain(state: State, sr: str) -> None:
     for uuid in rearranged.gone:
         if db.has_uuid("VDI", uuid):
             db.destroy("VDI", db.by_uuid("VDI", uuid))
-    for uuid in rearranged.moved & state.storage.hidden.keys():
-        if not db.has_uuid("VDI", uuid):
+    for uuid in rearranged.moved:
+        if uuid in state.storage.hidden and not db.has_uuid("VDI", uuid):
             values = _defaults(state, sr, uuid) | {"name_label": "base copy", "managed": False}
             db.create("VDI", f"OpaqueRef:{uuids.uuid5(uuids.NAMESPACE_OID, uuid)}", values)
     for uuid in rearranged.moved:
@@ -253,9 +253,8 @@ def _follow(state: State, vdi: str, uuid: str) -> None:
     if layer is None:
         measure(state, vdi)
         return
-    disk = next(d for d in state.storage.disks.values() if layer in d.chain())
     used = layer.blocks() * BLOCK
-    db.set("VDI", vdi, physical_utilisation=used, virtual_size=disk.size)
+    db.set("VDI", vdi, physical_utilisation=used, virtual_size=layer.size)
 
 
 def disk_of(state: State, vdi: str) -> Disk:
