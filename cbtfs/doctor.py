@@ -21,8 +21,8 @@ from .inventory import SR, Inventory, read_owner
 SLOTS = 16
 """Connections that xapi-nbd serves at a time on each host (xapi-nbd, main.ml)."""
 
-ROOM = 10 << 30
-"""Free space below which a store is warned of, in bytes."""
+ROOM = 0.1
+"""Share of the store's file system below which free space is warned of."""
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -124,7 +124,7 @@ def _reflinks(place: Path) -> Finding:
 def _room(place: Path) -> Finding:
     usage = shutil.disk_usage(place)
     detail = f"{units.format_size(usage.free)} of {units.format_size(usage.total)} are free"
-    if usage.free >= ROOM:
+    if usage.free >= ROOM * usage.total:
         return Finding("free space", "ok", detail)
     return Finding("free space", "warn", detail, "enlarge the file system or remove restore points")
 

@@ -350,7 +350,7 @@ def test_table_aligns_columns_by_cells() -> None:
 
 
 def test_table_gives_way_in_its_flexible_column_on_a_terminal() -> None:
-    table = output.Table(["NAME", ">SIZE"], flexible=0)
+    table = output.Table(["NAME", ">SIZE"], flexible=(0,))
     table.add("a rather long name", "1 B")
 
     assert table.lines(width=20)[1] == "a rather long…   1 B"

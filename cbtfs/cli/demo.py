@@ -127,8 +127,8 @@ class Tour:
         self.say("Two hosts, shared and local storage, running and halted VMs:")
         self.cleanup.callback(life.stop, self.place / "pool")
         self.cbtfs("sim", "start", str(self.place / "pool"))
-        self.say("What does it have, and what would the next sync do?")
-        self.cbtfs("ls")
+        self.say("What do some of its VMs have, and what would the next sync do?")
+        self.cbtfs("ls", "--vm", "web1", "--vm", "db1", "--vm", "app1")
 
     def can_mount(self) -> bool:
         """Tell whether FUSE works here; if not, say what helps."""
@@ -172,6 +172,9 @@ class Tour:
         socket = f"{self.place}/pool/guest/web1/xvdb.sock"
         self.say("Be the guest: write 3 MiB to the second disk of the running VM.")
         self.run("nbdcopy", str(written), f"nbd+unix:///?socket={socket}")
+        if image.reflink_supported(self.place / "store"):
+            self.say("Space in use before the second sync:")
+            self._used()
         self.say("What would sync do now? And then do it.")
         self.cbtfs("sync", "--vm", "web1", "-n")
         self.cbtfs("sync", "--vm", "web1")
@@ -188,10 +191,10 @@ class Tour:
                 "Not here: this file system has no reflinks, so each point takes its full size."
             )
             return
-        self.say("The images add up to the first figure; the disk has given the second:")
-        self.run("du", "-sh", "--apparent-size", str(store))
-        self.run("du", "-sh", str(store))
-        self.run("df", "-h", "--output=used,avail,target", str(store))
+        self.say(
+            "Two restore points of all disks, each complete; the disk has given, compared with before:"
+        )
+        self._used()
         self.say("The kernel's own word, extent by extent:")
         newest = f"{store}/by-name/web1/latest/xvda.raw"
         self.shell(f"filefrag -v {shlex.quote(newest)} | head -n 8")
@@ -201,9 +204,12 @@ class Tour:
         self.title("What is there, and is it undamaged?")
         self.cbtfs("list")
         self.cbtfs("verify")
-        self.say("The pool keeps one small change log per disk as the base of the next sync.")
-        self.cbtfs("doctor")
+        self.say("The pool keeps one small change log per disk, the base of the next increment:")
+        self.cbtfs("ls", "--vm", "web1")
         self.cbtfs("sim", "stop", str(self.place / "pool"))
+
+    def _used(self) -> None:
+        self.run("df", "-BM", "--output=used,avail,target", str(self.place / "store"))
 
     # ── Speaking and running ─────────────────────────────────────────────────────────────────
 

@@ -29,7 +29,13 @@ _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+_BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
+
+MAX_COLUMN = 48
+"""Cells that a column is padded to; one name of 255 characters shall not move all others."""
+
+MIN_COLUMN = 12
+"""Cells below which a column is not cut."""
 
 
 def safe(text: str) -> str:
@@ -57,15 +63,15 @@ class Table:
     """Rows of text in columns.
 
     Ten thousand rows must not take seconds, so this is our own and not rich's. On a terminal the
-    column named by ``flexible`` is cut to fit; in a pipe nothing is ever cut.
+    ``flexible`` columns are cut to fit; in a pipe nothing is ever cut.
 
     Args:
         columns: headings; one that begins with ``>`` has its column aligned to the right.
-        flexible: index of the column that gives way on a narrow terminal, or None.
+        flexible: indices of the columns that give way on a narrow terminal.
     """
 
     columns: Sequence[str]
-    flexible: int | None = None
+    flexible: tuple[int, ...] = ()
     rows: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
 
     def add(self, *cells: str) -> None:
@@ -75,12 +81,35 @@ class Table:
     def lines(self, *, width: int | None = None) -> list[str]:
         """Return the lines, the heading first; ``width`` in cells is that of a terminal."""
         heading = tuple(column.removeprefix(">") for column in self.columns)
-        widths = [max(map(_cells, column)) for column in zip(heading, *self.rows, strict=True)]
-        excess = sum(widths) + 2 * (len(widths) - 1) - (width or sys.maxsize)
-        if excess > 0 and self.flexible is not None:
-            widths[self.flexible] = max(8, widths[self.flexible] - excess)
-        right = [column.startswith(">") for column in self.columns]
-        return ["  ".join(map(_fit, row, widths, right)).rstrip() for row in (heading, *self.rows)]
+        widths = [
+            min(MAX_COLUMN, max(map(_cells, column)))
+            for column in zip(heading, *self.rows, strict=True)
+        ]
+        if width is not None:
+            self._narrow(widths, width)
+        columns = [
+            _Column(
+                cells,
+                is_right=column.startswith(">"),
+                is_cut=width is not None and index in self.flexible,
+            )
+            for index, (column, cells) in enumerate(zip(self.columns, widths, strict=True))
+        ]
+        return [
+            "  ".join(
+                [column.fit(cell) for column, cell in zip(columns, row, strict=True)]
+            ).rstrip()
+            for row in (heading, *self.rows)
+        ]
+
+    def _narrow(self, widths: list[int], width: int) -> None:
+        """Take from the flexible columns, always the widest, until the table fits."""
+        excess = sum(widths) + 2 * (len(widths) - 1) - width
+        for _ in range(excess):
+            widest = max(self.flexible, key=lambda index: widths[index], default=None)
+            if widest is None or widths[widest] <= MIN_COLUMN:
+                return
+            widths[widest] -= 1
 
     def print(self) -> None:
         """Print to stdout."""
@@ -91,16 +120,22 @@ class Table:
         line("\n".join((heading, *lines)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Column:
+    width: int
+    is_right: bool
+    is_cut: bool
+
+    def fit(self, text: str) -> str:
+        """Return ``text`` padded, or cut; what may not be cut sticks out."""
+        missing = self.width - _cells(text)
+        if missing < 0:
+            return set_cell_size(text, self.width - 1) + "…" if self.is_cut else text
+        return " " * missing + text if self.is_right else text + " " * missing
+
+
 def _cells(text: str) -> int:
     return len(text) if text.isascii() else cell_len(text)
-
-
-def _fit(text: str, width: int, right: bool) -> str:  # for map()
-    length = _cells(text)
-    if length > width:
-        return set_cell_size(text, width - 1) + "…"
-    padding = " " * (width - length)
-    return padding + text if right else text + padding
 
 
 def coloured(stream: TextIO) -> bool:

@@ -46,7 +46,9 @@ def list_points(
 
 
 def _print(catalogue: Catalogue, histories: Sequence[VMHistory]) -> None:
-    table = Table(["POINT", ">DISKS", ">SIZE", ">READ", ">WRITTEN", "METHOD", "STATE"], flexible=0)
+    table = Table(
+        ["POINT", ">DISKS", ">SIZE", ">READ", ">WRITTEN", "METHOD", "STATE"], flexible=(0,)
+    )
     for history in histories:
         for point in history.points:
             table.add(

@@ -61,7 +61,7 @@ def _rows(options: Globals, inventory: Inventory, patterns: Sequence[str]) -> li
 
 def _print(rows: Sequence[VMRow], *, verbose: bool) -> None:
     columns = ["DISK", "NAME", ">SIZE", ">USED", "CBT", ">SNAPS", "LAST POINT", "NEXT SYNC"]
-    table = Table([*columns, "SR", "UUID"] if verbose else columns, flexible=1)
+    table = Table([*columns, "SR", "UUID"] if verbose else columns, flexible=(0, 1))
     for row in rows:
         for disk in row.disks:
             table.add(*_cells(row, disk, verbose=verbose))
@@ -73,7 +73,7 @@ def _print(rows: Sequence[VMRow], *, verbose: bool) -> None:
 
 def _cells(row: VMRow, disk: DiskRow, *, verbose: bool) -> list[str]:
     vdi = disk.vdi
-    owner = row.vm.name if row.vm else f"vdi-{vdi.uuid}"
+    owner = (row.vm.name or row.vm.uuid) if row.vm else f"vdi-{vdi.uuid}"
     cells = [
         f"{owner}/{disk.device}",
         vdi.name,
@@ -156,8 +156,9 @@ def info(
         return
     for key, value in facts.items():
         output.line(f"{key + ':':<14}{output.safe(_text(value))}")
-    if row.next is not None:
-        output.line(f"{'next sync:':<14}{output.safe(f'{row.next.method}: {row.next.detail}')}")
+    if row.next is not None or row.skipped:
+        why = f"{row.next.method}: {row.next.detail}" if row.next else f"skip: {row.skipped}"
+        output.line(f"{'next sync:':<14}{output.safe(why)}")
 
 
 def _row_of(options: Globals, inventory: Inventory, vdi: VDI) -> DiskRow:

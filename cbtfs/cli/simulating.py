@@ -93,7 +93,7 @@ def status(context: typer.Context, directory: Directory) -> None:
 def _text(value: object) -> str:
     if isinstance(value, dict):
         pairs = msgspec.convert(value, dict[str, object])
-        return ", ".join(f"{key}={inner}" for key, inner in pairs.items()) or "-"
+        return "; ".join(f"{key} {_text(inner)}" for key, inner in pairs.items()) or "-"
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, msgspec.convert(value, list[object]))) or "-"
     return str(value)

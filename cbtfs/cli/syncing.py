@@ -174,11 +174,13 @@ def _plan_of_nothing(inventory: Inventory, target: Target, how: SyncOptions) -> 
 
 async def _forecast(pool: Pool, inventory: Inventory, disk: DiskPlan) -> Forecast:
     if disk.base is None:
-        vdi = inventory.vdis[disk.vdi_ref]
-        return Forecast(disk, min(vdi.used, vdi.size), None)
+        return Forecast(disk, disk.size, 1)
+    vbds = [inventory.vbds.get(ref) for ref in inventory.vdis[disk.vdi_ref].vbd_refs]
+    if any(vbd is not None and vbd.currently_attached for vbd in vbds):
+        return Forecast(disk, None, None)  # VDI_IN_USE: xapi tells only of a snapshot
     try:
         bitmap = await pool.changed_blocks(disk.base.snapshot_ref, disk.vdi_ref, size=disk.size)
-    except errors.ChangesUnknown:  # the pool does not tell of a disk in use
+    except errors.ChangesUnknown:  # the sync will find out, and read everything
         return Forecast(disk, None, None)
     return Forecast(disk, bitmap.changed_bytes, bitmap.extent_count())
 
@@ -187,7 +189,7 @@ def _show_plans(options: Globals, plans: Planned) -> None:
     if options.json:
         output.document({"dry_run": True, "vms": [_plan_document(*item) for item in plans]})
         return
-    table = Table(["DISK", "METHOD", "REASON", ">SIZE", ">TO READ", "WHY"], flexible=5)
+    table = Table(["DISK", "METHOD", "REASON", ">SIZE", ">TO READ", "WHY"], flexible=(0, 5))
     for plan, disks in plans:
         for forecast in disks:
             disk = forecast.disk
@@ -208,9 +210,7 @@ def _amount(forecast: Forecast) -> str:
     if forecast.changed is None:
         return "changes"
     size = units.format_size(forecast.changed)
-    if forecast.extents is None:
-        return f"about {size}"
-    return f"{size} in {forecast.extents} extents"
+    return size if forecast.disk.base is None else f"{size} in {forecast.extents} extents"
 
 
 def _plan_document(plan: VMPlan, disks: Sequence[Forecast]) -> dict[str, object]:
