@@ -50,6 +50,7 @@ class MemoryExport:
     ref: str
 
     async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
+        self.pool.asked.set()
         await self.pool.server.wait()
         self.pool.reads[self.ref] += 1
         if self.pool.lost:
@@ -78,6 +79,7 @@ class MemoryPool:
     refused: str = ""
     stuck: bool = False
     server: trio.Event = field(default_factory=trio.Event)
+    asked: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
         self.go()
