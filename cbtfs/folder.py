@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +53,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
-def told(action: str, path: Path) -> Iterator[None]:
+def told(action: str, path: Path) -> Generator[None]:
     """Turn an ``OSError`` into the sentence "cannot ACTION PATH: why and what to do".
 
     Raises:

@@ -17,7 +17,7 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +205,7 @@ class Image:
                 os.close(fd)
 
     @contextmanager
-    def _removed_on_error(self) -> Iterator[None]:
+    def _removed_on_error(self) -> Generator[None]:
         try:
             yield
         except BaseException:
@@ -326,7 +326,7 @@ def _new_files(files: ImageFiles) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(base: ImageFiles, *, size: int) -> Iterator[tuple[int, int]]:
+def _opened(base: ImageFiles, *, size: int) -> Generator[tuple[int, int]]:
     problem = flaw(base, size=size)
     if problem:
         raise errors.ImageDamaged(f"{base.folder.path} is no base for a copy: {problem}")

@@ -7,7 +7,7 @@ removing it would let two runs hold two different files of the same name.
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -26,7 +26,7 @@ class _Owner(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @contextmanager
-def held(folder: Folder, *, wait: bool) -> Iterator[None]:
+def held(folder: Folder, *, wait: bool) -> Generator[None]:
     """Hold the lock of ``folder``.
 
     Args:

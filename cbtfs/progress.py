@@ -16,7 +16,7 @@ Rules of this file:
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -66,7 +66,7 @@ def kind_for(stream: TextIO) -> Kind:
 
 
 @contextmanager
-def open_progress(kind: Kind, stream: TextIO) -> Iterator[Progress]:
+def open_progress(kind: Kind, stream: TextIO) -> Generator[Progress]:
     """Give a view of the kind asked for on ``stream``; its bars go away with the block."""
     if kind == "bar":
         view = BarProgress(Console(file=stream, highlight=False))

@@ -24,7 +24,7 @@ Rules of this file:
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -91,7 +91,7 @@ class VerifyResult:
 
 
 @contextmanager
-def open_store(path: Path, *, create: bool = True) -> Iterator["Store"]:
+def open_store(path: Path, *, create: bool = True) -> Generator["Store"]:
     """Open the store at ``path``; one is made there if ``create`` and the directory is empty.
 
     Only the directory itself is made, not its parents: a missing parent is more often a file
@@ -224,7 +224,7 @@ class Store:
     # ── Writing ──────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def lock(self, vm_uuid: str) -> Iterator[None]:
+    def lock(self, vm_uuid: str) -> Generator[None]:
         """Hold the lock of a VM; its folder is made if need be.
 
         The kernel releases it when the process ends, however it ends.
@@ -351,16 +351,17 @@ class Store:
         pairs = [(vm.uuid, vm.name) for vm in self.catalogue().vms.values()]
         wanted = {name: f"../{key}" for key, name in tree.safe_names(pairs).items()}
         warnings: list[str] = []
+        for name, wish in wanted.items():
+            target = names.link_target(name)
+            if target is None and names.exists(name):
+                warnings.append(f"{names.path / name} is in the way of a link to {wish}")
+            elif target != wish:
+                names.link(name, wish)
+        # only now: a VM is never without a link
         for name in names.names():
             target = names.link_target(name)
             if target is not None and _OUR_LINK.fullmatch(target) and name not in wanted:
                 names.remove(name)
-        for name, target in wanted.items():
-            present = names.link_target(name)
-            if present is None and names.exists(name):
-                warnings.append(f"{names.path / name} is in the way of a link to {target}")
-            elif present != target:
-                names.link(name, target)
         return tuple(warnings)
 
 

@@ -2,7 +2,8 @@
 
 ``killed_commit.py STORE before|after`` forks a child for N = 1, 2, …, which makes one point and
 gets SIGKILL at its N-th change: before it, or after it (after half of it, if it writes). Then the
-store must be whole. It ends when a child gets through alive, and prints how many were killed.
+store must be whole. When a child gets through alive, it all happens once more with the store that
+there is now, and a new name for the VM each time. Prints how many were killed.
 """
 
 import fcntl
@@ -89,7 +90,7 @@ def disk(root: str = "") -> DiskPoint:
     )
 
 
-def make_point(opened: Store, time: str, *, base: str, content: bytes) -> None:
+def make_point(opened: Store, time: str, *, name: str, base: str, content: bytes) -> None:
     with opened.lock(VM):
         for leftover in opened.leftovers(VM):
             opened.abandon(leftover)
@@ -102,54 +103,89 @@ def make_point(opened: Store, time: str, *, base: str, content: bytes) -> None:
             image.write(0, content)
             root = image.finish()
             stage.write_metadata("vm.xml", b"<vm/>")
-            warnings = stage.commit(
-                Point(time=time, vm_uuid=VM, vm_name="web1", disks=(disk(root),))
-            )
+            warnings = stage.commit(Point(time=time, vm_uuid=VM, vm_name=name, disks=(disk(root),)))
             assert warnings == ()
 
 
-def check(path: Path, model: dict[str, bytes]) -> list[str]:
-    """Fail unless every listed point is the one of ``model``; return their times."""
-    with store.open_store(path) as opened:
-        history = opened.catalogue().vms.get(VM)
-        assert opened.problems == (), opened.problems
-        points = history.points if history else ()
-        for point in points:
-            folder_path = opened.point_path(VM, point.time)
-            assert (folder_path / "xvda.raw").read_bytes() == model[point.time]
-            assert (folder_path / "vm.xml").read_bytes() == b"<vm/>"
-        if points:
-            found = opened.catalogue().resolve(f"web1/{points[-1].time}")
-            assert not opened.verify(found).damaged
-        for link in (path / VM / "latest", path / "by-name" / "web1"):
-            assert not link.is_symlink() or link.exists(), f"{link} dangles"
-    return [point.time for point in points]
+class Trial:
+    """A store, and what it must hold: the content of every listed point."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        self.path = path
+        self.mode = mode
+        self.model: dict[str, bytes] = {}
+        self.times: list[str] = []
+        self.clock = START
+        self.links: set[str] = set()
+
+    def run(self, *, renaming: bool) -> int:
+        for number in range(1, 1000):
+            self.clock += timedelta(seconds=1)
+            time = catalogue.format_time(self.clock)
+            base = self.times[-1] if self.times else ""
+            self.model[time] = change(self.model[base] if base else bytes(SIZE), number)
+            child = os.fork()
+            if child == 0:
+                Killer(number, self.mode).install()
+                with store.open_store(self.path) as opened:
+                    name = name_of(number, renaming=renaming)
+                    make_point(opened, time, name=name, base=base, content=self.model[time])
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            self.check(time)
+            if not os.WIFSIGNALED(status):
+                assert status == 0
+                assert (self.path / VM / "latest").readlink() == Path(time)
+                assert [p.name for p in self.path.glob("by-name/*")] == [
+                    name_of(number, renaming=renaming)
+                ]
+                return number - 1
+        raise AssertionError("no child survived")
+
+    def check(self, time: str) -> None:
+        """Fail unless every listed point is as it must be, and none is lost."""
+        with store.open_store(self.path) as opened:
+            history = opened.catalogue().vms.get(VM)
+            points = history.points if history else ()
+            assert opened.problems == (), opened.problems
+            if points:
+                found = opened.catalogue().resolve(f"{VM}/{points[-1].time}")
+                assert not opened.verify(found).damaged
+        now = [point.time for point in points]
+        assert now in (self.times, [*self.times, time]), "a committed point was lost"
+        for listed in now:
+            point = self.path / VM / listed
+            assert (point / "xvda.raw").read_bytes() == self.model[listed]
+            assert (point / "vm.xml").read_bytes() == b"<vm/>"
+        self.check_links()
+        self.times = now
+        self.prune()
+
+    def check_links(self) -> None:
+        """Fail if a link dangles, or a kind of link that there was is gone."""
+        links = [*self.path.glob("*/latest"), *self.path.glob("by-name/[!.]*")]
+        links = [link for link in links if link.is_symlink()]
+        assert all(link.exists() for link in links)
+        assert self.links <= {link.parent.name for link in links}
+        self.links |= {link.parent.name for link in links}
+
+    def prune(self) -> None:
+        """Remove all but a few points, which may happen at any time."""
+        latest = self.path / VM / "latest"
+        named = latest.readlink().name if latest.is_symlink() else ""
+        for time in self.times[:-KEPT]:
+            if time != named:
+                shutil.rmtree(self.path / VM / time)
+                self.times.remove(time)
+
+
+def name_of(number: int, *, renaming: bool) -> str:
+    return f"web {number}" if renaming else "web"
 
 
 def main(path: Path, mode: str) -> int:
-    model: dict[str, bytes] = {}
-    times: list[str] = []
-    for number in range(1, 1000):
-        time = catalogue.format_time(START + timedelta(seconds=number))
-        model[time] = change(model[times[-1]] if times else bytes(SIZE), number)
-        child = os.fork()
-        if child == 0:
-            Killer(number, mode).install()
-            with store.open_store(path) as opened:
-                make_point(opened, time, base=times[-1] if times else "", content=model[time])
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        now = check(path, model)
-        assert now in (times, [*times, time]), "a committed point was lost"
-        times = now[-KEPT:]
-        for old in now[:-KEPT]:
-            shutil.rmtree(path / VM / old)  # any point can go at any time
-        if not os.WIFSIGNALED(status):
-            assert status == 0
-            assert times[-1] == time
-            assert (path / VM / "latest").readlink() == Path(time)
-            return number - 1
-    raise AssertionError("no child survived")
+    trial = Trial(path, mode)
+    return trial.run(renaming=False) + trial.run(renaming=True)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,37 @@ def test_an_existing_image_is_never_overwritten(files: ImageFiles) -> None:
     assert files.path.read_bytes() == noise(BLOCK)
 
 
+def test_an_image_without_room_for_its_digests_is_not_made(files: ImageFiles) -> None:
+    before = open_files()
+    (files.folder.path / "xvda.b3").touch()
+
+    with pytest.raises(errors.StoreError, match=r"xvda\.b3: it exists already"):
+        Image.create(files, size=BLOCK)
+    assert open_files() == before
+
+
+def test_a_failed_clone_leaves_no_files(
+    files: ImageFiles, second: ImageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: int, target: int) -> bool:
+        raise OSError(errno.EIO, "no")
+
+    make(files, noise(BLOCK))
+    monkeypatch.setattr(image, "_reflink", fail)
+    with pytest.raises(errors.StoreError, match="cannot create"):
+        Image.clone(second, base=files, base_size=BLOCK, size=BLOCK)
+    assert not second.path.exists()
+    make(second, noise(BLOCK))
+
+
+def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    with (tmp_path / "short").open("w+b") as file:
+        file.write(b"abc")
+        file.flush()
+        with pytest.raises(OSError, match="ends early"):
+            sparse.read_all(file.fileno(), 4, 0)
+
+
 def test_a_clone_begins_as_its_base(files: ImageFiles, second: ImageFiles) -> None:
     content = noise(BLOCK) + bytes(20 * BLOCK) + noise(ODD, seed=2)
     make(files, content)

@@ -1,5 +1,6 @@
 """Store: points appear whole or not at all, and nothing leads out of it."""
 
+import ctypes
 import errno
 import json
 import os
@@ -235,6 +236,21 @@ def test_a_point_that_appears_meanwhile_is_never_touched(
         assert list((root / VM / FIRST).iterdir()) == []
         (root / VM / FIRST).rmdir()
         assert stage.commit(Point(time=FIRST, vm_uuid=VM, disks=(disk,))) == ()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, 0])
+def test_old_kernels_rename_too(store: Store, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    class Old:
+        if number:
+
+            @staticmethod
+            def renameat2(*arguments: object) -> int:
+                ctypes.set_errno(number)
+                return -1
+
+    monkeypatch.setattr(folders, "_libc", Old)
+    assert commit(store) == ()
+    assert only(store).point.time == FIRST
 
 
 def test_a_failed_disk_leaves_no_file_in_a_partial_point(store: Store, root: Path) -> None:
@@ -717,14 +733,23 @@ def test_digests_that_cannot_be_read_are_damage(
     assert store.verify(found).disks[0].damage.problem == "its digests cannot be read"
 
 
+def test_a_file_cut_meanwhile_is_damage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(store)
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: 0)
+
+    assert store.verify(only(store)).disks[0].damage.extents == (Extent(0, SIZE),)
+
+
 def test_another_failure_is_no_verdict(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
         raise OSError(errno.EACCES, "no")
 
     commit(store)
-    monkeypatch.setattr(os, "preadv", preadv)
-    with pytest.raises(errors.StoreError, match=r"cannot read .*xvda\.raw"):
-        store.verify(only(store))
+    found = only(store)
+    for name in ("preadv", "pread"):
+        monkeypatch.setattr(os, name, preadv)
+        with pytest.raises(errors.StoreError, match=r"cannot read .*xvda\.raw"):
+            store.verify(found)
 
 
 def test_a_stopped_check_leaves_nothing_open(store: Store) -> None:
