@@ -47,7 +47,8 @@ def test_the_config_is_ready_for_use(tmp_path: Path) -> None:
 
 
 def test_stop_leaves_no_process_and_no_socket(tmp_path: Path) -> None:
-    with running_pool(tmp_path / "pool") as pool:
+    with running_pool(tmp_path / "pool", "huge") as pool:
+        assert pool.guest_socket("huge", "xvda").exists()
         assert processes(pool.directory)
 
     assert processes(tmp_path / "pool") == []
@@ -101,9 +102,9 @@ def test_nothing_runs_where_nothing_was_started(tmp_path: Path) -> None:
 
 
 def test_records_survive_a_restart_and_sessions_do_not(tmp_path: Path) -> None:
-    with running_pool(tmp_path / "pool") as pool:
+    with running_pool(tmp_path / "pool", "huge") as pool:
         api = Api(pool).login()
-        vm = api.named("VM", "mail")
+        vm = api.named("VM", "huge")
         api.call("VM.set_name_label", vm, "renamed")
 
     with running_pool(tmp_path / "pool") as again:
@@ -114,16 +115,15 @@ def test_records_survive_a_restart_and_sessions_do_not(tmp_path: Path) -> None:
 
 
 def test_disks_survive_a_restart(tmp_path: Path) -> None:
-    image = tmp_path / "image"
-    image.write_bytes(b"kept" * 4096)
-    copy = tmp_path / "copy"
-    with running_pool(tmp_path / "pool") as pool:
-        subprocess.run(["nbdcopy", image, pool.guest("app1", "xvda")], check=True)
+    with running_pool(tmp_path / "pool", "huge") as pool:
+        disk = pool.open_guest("huge", "xvda")
+        disk.pwrite(b"kept" * 4096, 3 << 40)
+        disk.shutdown()
 
     with running_pool(tmp_path / "pool") as pool:
-        subprocess.run(["nbdcopy", pool.guest("app1", "xvda"), copy], check=True)
-
-    assert copy.read_bytes()[: 4 * 4096] == image.read_bytes()
+        disk = pool.open_guest("huge", "xvda")
+        assert disk.pread(4 * 4096, 3 << 40) == b"kept" * 4096
+        disk.shutdown()
 
 
 def test_the_certificates_survive_a_restart(tmp_path: Path) -> None:

@@ -41,20 +41,21 @@ class Subject:
 
     Args:
         file: stem of the files, without suffix.
-        hostname: fully qualified; its first label is named too.
+        hostnames: fully qualified; the first is the common name, and their first labels are
+            named too.
         addresses: management addresses, IPv4 or IPv6.
     """
 
     file: str
-    hostname: str
+    hostnames: tuple[str, ...]
     addresses: tuple[str, ...]
 
     @property
     def alternative_names(self) -> str:
         """The subject alternative names as openssl writes them."""
-        short = self.hostname.partition(".")[0]
-        names = [f"DNS:{name}" for name in dict.fromkeys((self.hostname, short))]
-        return ",".join([*names, *(f"IP:{address}" for address in self.addresses)])
+        names = [n for full in self.hostnames for n in (full, full.partition(".")[0])]
+        named = [f"DNS:{name}" for name in dict.fromkeys(names)]
+        return ",".join([*named, *(f"IP:{address}" for address in self.addresses)])
 
 
 def certificate_path(directory: Path, name: str) -> Path:
@@ -107,7 +108,7 @@ def server_context(directory: Path, name: str) -> ssl.SSLContext:
 def _request(directory: Path, subject: Subject) -> subprocess.Popen[str]:
     config = directory / f"{subject.file}.cnf"
     config.write_text(
-        _CONFIG.format(hostname=subject.hostname, names=subject.alternative_names),
+        _CONFIG.format(hostname=subject.hostnames[0], names=subject.alternative_names),
         encoding="utf-8",
     )
     key = key_path(directory, f"{subject.file}.new")

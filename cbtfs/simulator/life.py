@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from cbtfs import errors
@@ -76,7 +76,7 @@ def run(
     directory: Path | str, *, scenario: str = "default", ports: Ports | None = None,
     address: str = scenarios.FIRST_ADDRESS, ready: int = -1,
 ) -> None:  # fmt: skip
-    """Run a pool in this process until SIGTERM, SIGINT or `stop`.
+    """Run a pool in this process until SIGTERM, SIGINT or `stop`; the process should end then.
 
     Args:
         directory: as for `start`.
@@ -91,17 +91,18 @@ def run(
     """
     place = Path(directory).absolute()
     place.mkdir(parents=True, exist_ok=True)
-    with _locked(place):
-        simulator = server.open_simulator(place, scenario=scenario, ports=ports, address=address)
-        try:
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, lambda *_: simulator.stopping.set())
-            _tell(ready, "ready")
-            while not simulator.stopping.wait(3600):
-                pass
-        finally:
-            simulator.close()
-            (place / controlling.NAME).unlink(missing_ok=True)
+    _lock(place)
+    simulator = server.open_simulator(place, scenario=scenario, ports=ports, address=address)
+    try:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda *_: simulator.stopping.set())
+        _tell(ready, "ready")
+        while not simulator.stopping.wait(3600):
+            pass
+    finally:
+        simulator.close()
+        for name in (controlling.NAME, "pid"):
+            (place / name).unlink(missing_ok=True)
 
 
 def stop(directory: Path | str) -> bool:
@@ -169,18 +170,18 @@ def is_running(directory: Path | str) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    with (place / "lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise errors.UsageError(f"a simulated pool runs in {place} already") from None
-        (place / "pid").write_text(f"{os.getpid()}\n", encoding="ascii")
-        try:
-            yield
-        finally:
-            (place / "pid").unlink(missing_ok=True)
+def _lock(place: Path) -> None:
+    """Hold the directory's lock until this process ends, and say which process that is.
+
+    The lock is never given back by hand: whoever finds it free may rely on the process being gone.
+    """
+    lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise errors.UsageError(f"a simulated pool runs in {place} already") from None
+    (place / "pid").write_text(f"{os.getpid()}\n", encoding="ascii")
 
 
 def _pid(place: Path) -> int:

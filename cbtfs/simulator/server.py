@@ -36,7 +36,9 @@ PASSWORD = "simulated"
 DOMAIN = "sim"
 
 _TICK = 0.02
-_AUTOSAVE = 5.0
+"""How often the pool is looked at for changes, in seconds; the next two count these."""
+_AUTOSAVE = 250
+_WATCH = 50
 _NBD_BACKLOG = 5
 
 
@@ -219,21 +221,19 @@ class Simulator:
     def _keep(self) -> None:
         """Follow the pool's changes: guests' sockets at once, the state file soon."""
         seen = saved = self._pool.generation()
-        idle = 0.0
+        ticks = 0
         while not self.stopping.wait(_TICK):
-            idle += _TICK
+            ticks += 1
             now = self._pool.generation()
             if now != seen:
                 seen = now
                 self._refresh()
-            if idle >= _AUTOSAVE:
-                idle = 0.0
-                if now != saved:
-                    saved = now
-                    self._pool.save()
-                if not (self._directory / control.NAME).exists():
-                    log.warning("the directory is gone: ending")
-                    self.stopping.set()
+            if ticks % _AUTOSAVE == 0 and now != saved:
+                saved = now
+                self._pool.save()
+            if ticks % _WATCH == 0 and not (self._directory / control.NAME).exists():
+                log.warning("the directory is gone: ending")
+                self.stopping.set()
 
 
 def open_simulator(
@@ -288,11 +288,15 @@ def _identities(
 ) -> dict[str, Identity]:
     folder = directory / "hosts"
     subjects = [
-        Subject(f"{host.name}{suffix}", f"{host.hostname}.{DOMAIN}", (host.address,))
-        for host in hosts
-        for suffix in ("", ".impostor")
+        Subject(host.name, (f"{host.hostname}.{DOMAIN}",), (host.address,)) for host in hosts
     ]
-    certificates.ensure(folder, subjects)
+    everybody = Subject(
+        "impostor",
+        tuple(name for subject in subjects for name in subject.hostnames),
+        tuple(address for host in hosts for address in (host.address, *host.nbd_addresses)),
+    )
+    certificates.ensure(folder, [*subjects, everybody])
+    impostor = certificates.server_context(folder, everybody.file)
     identities = {}
     for host in hosts:
         pem = certificates.certificate_path(folder, host.name).read_text(encoding="ascii")
@@ -301,7 +305,7 @@ def _identities(
         identities[host.ref] = Identity(
             names=(host.name, host.hostname, host.uuid, host.address, *host.nbd_addresses),
             context=certificates.server_context(folder, host.name),
-            impostor=certificates.server_context(folder, f"{host.name}.impostor"),
+            impostor=impostor,
         )
     return identities
 
