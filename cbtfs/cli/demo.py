@@ -147,13 +147,14 @@ class Tour:
         self.cbtfs("mount", mnt)
         self.run("ls", "-l", f"{mnt}/by-vm/web1")
         self.say("A disk of a running VM, read at one instant (a temporary snapshot, gone later):")
-        disk = f"{mnt}/by-vm/web1/xvda.raw"
+        disk = f"{mnt}/by-vm/web1/xvdb.raw"
         self.run("cp", "--sparse=always", disk, copy)
         self.say("The copy equals the disk, and takes only what is used:")
         self.run("cmp", copy, disk)
         self.run("ls", "-lsh", copy)
-        self.say("Without any copy: the files in the first partition of that disk.")
-        self.run("debugfs", "-R", "ls -l /", f"{disk}?offset={PARTITION}")
+        self.say("Without any copy: the files in the first partition of the other disk.")
+        other = f"{mnt}/by-vm/web1/xvda.raw"
+        self.run("debugfs", "-R", "ls -l /", f"{other}?offset={PARTITION}")
         self.say("Done with the mount; this also waits until its snapshots are gone.")
         self.cbtfs("umount", mnt)
 
