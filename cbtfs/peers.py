@@ -206,16 +206,17 @@ def netloc(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+_WANTED = "url of the pool must be https://HOST[:PORT] of any of its hosts, without a login"
+
+
 def _parse(url: str) -> tuple[str, int]:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or 443
-    except ValueError as exc:
-        raise errors.ConfigError(f"url {url!r} is not a URL: {exc}") from exc
+    except ValueError:  # its text may hold a part of a password
+        raise errors.ConfigError(_WANTED) from None
     if parts.scheme != "https" or not host or parts.username is not None:
-        raise errors.ConfigError(
-            "url of the pool must be https://HOST[:PORT] of any of its hosts, without a login"
-        )
+        raise errors.ConfigError(_WANTED)
     return host, port
 
 

@@ -93,8 +93,13 @@ def ca_file(directory: Path, *certificates: Certificate) -> str:
 
 
 @asynccontextmanager
-async def serving(handler: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncGenerator[int]:
-    """Serve ``handler`` on a port of 127.0.0.1, which is yielded."""
+async def serving(
+    handler: Callable[[trio.SocketStream], Awaitable[None]],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+) -> AsyncGenerator[int]:
+    """Serve ``handler`` on a port of ``host``, which is yielded."""
 
     async def handle(stream: trio.SocketStream) -> None:
         try:
@@ -104,7 +109,7 @@ async def serving(handler: Callable[[trio.SocketStream], Awaitable[None]]) -> As
             pass  # the client went away, as it may
 
     async with trio.open_nursery() as nursery:
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        listeners = await trio.open_tcp_listeners(port, host=host)
         nursery.start_soon(trio.serve_listeners, handle, listeners)
         yield int(listeners[0].socket.getsockname()[1])
         nursery.cancel_scope.cancel()
