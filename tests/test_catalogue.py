@@ -83,6 +83,12 @@ def test_a_file_outside_the_point_is_refused(name: str) -> None:
             catalogue.decode(altered(disks=[disk]))
 
 
+def test_a_disk_may_be_empty() -> None:
+    data = altered(disks=[msgspec.to_builtins(DISK) | {"size": 0}])
+
+    assert catalogue.decode(data).disks[0].size == 0
+
+
 def test_a_negative_size_is_refused() -> None:
     with pytest.raises(errors.StoreError, match="negative"):
         catalogue.decode(altered(disks=[msgspec.to_builtins(DISK) | {"size": -1}]))
@@ -233,6 +239,13 @@ def test_what_is_not_there_is_not_found(text: str, told: str) -> None:
 def test_what_names_nothing_or_several_is_refused(text: str, told: str) -> None:
     with pytest.raises(errors.UsageError, match=told):
         STORE.resolve(text)
+
+
+def test_all_of_few_candidates_are_listed() -> None:
+    days = tuple(point(f"202611{day:02d}T020000Z") for day in range(1, 6))
+
+    with pytest.raises(errors.UsageError, match=r"20261105T020000Z$"):
+        Catalogue({"v1": VMHistory("v1", "web1", days)}).resolve("web1/2")
 
 
 def test_only_some_of_many_candidates_are_listed() -> None:

@@ -243,6 +243,13 @@ def test_an_image_has_the_size_of_its_disk_and_the_space_it_takes() -> None:
     assert (node.size, node.blocks) == (4096, 2)
 
 
+@pytest.mark.parametrize(("used", "blocks"), [(1023, 2), (1024, 2), (1025, 3)])
+def test_blocks_have_512_bytes_and_count_when_begun(used: int, blocks: int) -> None:
+    found = build(pool(vdis=(replace(ROOT_DISK, used=used),)))
+
+    assert find(found, f"by-uuid/{uuid(1)}.raw").blocks == blocks
+
+
 @pytest.mark.parametrize(("size", "blocks"), [(0, 0), (1, 1), (1 << 44, 1)])
 def test_an_image_never_looks_like_one_hole(size: int, blocks: int) -> None:
     found = build(pool(vdis=(replace(ROOT_DISK, size=size, used=0),)))
@@ -285,11 +292,12 @@ def test_text_files_have_contents_of_their_size() -> None:
 
 
 def test_pool_json_sums_up_the_pool() -> None:
-    found = document(build(pool()), "pool.json")
+    second = VDI(ref="x", uuid=uuid(3))
+    found = document(build(pool(vdis=(ROOT_DISK, NIGHTLY_DISK, second))), "pool.json")
 
     assert found["schema"] == 1
     assert (found["name"], found["master"], found["nbd"]) == ("prod", uuid(31), "nbd")
-    assert (found["vms"], found["disks"], found["snapshots"]) == (1, 1, 1)
+    assert (found["vms"], found["disks"], found["snapshots"]) == (1, 2, 1)
 
 
 def test_a_disk_is_described() -> None:
