@@ -517,8 +517,8 @@ def test_ten_thousand_disks_are_parsed_in_a_second() -> None:
     tables["VDI"] = table({"name_label": "disk", "SR": "s", "virtual_size": 1 << 34, **maps})
     tables["VBD"] = table({"VM": "v", "VDI": "d", "userdevice": "0", **maps})
 
-    start = time.perf_counter()
+    start = time.process_time()
     found = inventory.parse(tables)
 
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert len(found.vdis) == len(found.vbds) == 10_000

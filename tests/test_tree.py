@@ -451,7 +451,7 @@ def test_any_names_make_a_tree_with_every_disk_in_it(given_names: dict[str, str]
 
 def test_a_large_pool_is_built_quickly() -> None:
     vdis = tuple(VDI(ref=str(n), uuid=uuid(n), name=f"disk {n % 99}") for n in range(10_000))
-    start = time.perf_counter()
+    start = time.process_time()
 
     assert len(names(build(pool(vdis=vdis)), "by-uuid")) == 20_000
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
