@@ -39,6 +39,8 @@ _TICK = 0.02
 """How often the pool is looked at for changes, in seconds; the next two count these."""
 _AUTOSAVE = 250
 _WATCH = 50
+_PATIENCE = 0.5
+"""How long a dead host waits for its threads in seconds; one may be in a delay that was ordered."""
 _NBD_BACKLOG = 5
 
 
@@ -74,7 +76,7 @@ class _HostServers:
         listeners = [*self._nbd_listeners, *filter(None, [self._https_listener])]
         self._https_listener, self._nbd_listeners = None, []
         for one in listeners:
-            one.stop()
+            one.stop(patience=_PATIENCE)
 
     def drop_nbd(self) -> int:
         """Cut the NBD connections; return how many."""

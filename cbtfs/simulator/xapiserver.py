@@ -48,6 +48,7 @@ class XapiServer:
     def serve(self, connection: socket.socket) -> None:
         """Serve one connection until its end."""
         if self._hit("http.reset"):
+            connection.recv(1)  # let the client begin its handshake
             # a linger time of zero turns the close into a reset
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return
