@@ -3,7 +3,8 @@
 ``killed_commit.py STORE before|after`` forks a child for N = 1, 2, …, which makes one point and
 gets SIGKILL at its N-th change: before it, or after it (after half of it, if it writes). Then the
 store must be whole. When a child gets through alive, it all happens once more with the store that
-there is now, and a new name for the VM each time. Prints how many were killed.
+there is now and a new name for the VM each time, and again with children that clear leftovers away.
+Prints how many were killed.
 """
 
 import fcntl
@@ -92,8 +93,6 @@ def disk(root: str = "") -> DiskPoint:
 
 def make_point(opened: Store, time: str, *, name: str, base: str, content: bytes) -> None:
     with opened.lock(VM):
-        for leftover in opened.leftovers(VM):
-            opened.abandon(leftover)
         with opened.stage(VM, time=time) as stage:
             stage.record(Intent(time=time, run="r", snapshot_name=f"s {time}", vm_uuid=VM))
             if base:
@@ -107,6 +106,18 @@ def make_point(opened: Store, time: str, *, name: str, base: str, content: bytes
             assert warnings == ()
 
 
+def clear(opened: Store) -> None:
+    with opened.lock(VM):
+        for leftover in opened.leftovers(VM):
+            opened.abandon(leftover)
+
+
+def leave_partial(opened: Store, time: str) -> None:
+    with opened.lock(VM), opened.stage(VM, time=time) as stage:
+        stage.record(Intent(time=time, run="r", snapshot_name="s", vm_uuid=VM))
+        stage.new_image("xvda.raw", size=SIZE)
+
+
 class Trial:
     """A store, and what it must hold: the content of every listed point."""
 
@@ -118,29 +129,54 @@ class Trial:
         self.clock = START
         self.links: set[str] = set()
 
-    def run(self, *, renaming: bool) -> int:
+    def make_points(self, *, renaming: bool) -> int:
         for number in range(1, 1000):
             self.clock += timedelta(seconds=1)
             time = catalogue.format_time(self.clock)
+            name = f"web {number}" if renaming else "web"
             base = self.times[-1] if self.times else ""
-            self.model[time] = change(self.model[base] if base else bytes(SIZE), number)
-            child = os.fork()
-            if child == 0:
-                Killer(number, self.mode).install()
-                with store.open_store(self.path) as opened:
-                    name = name_of(number, renaming=renaming)
-                    make_point(opened, time, name=name, base=base, content=self.model[time])
-                os._exit(0)
-            _, status = os.waitpid(child, 0)
+            content = change(self.model[base] if base else bytes(SIZE), number)
+            self.model[time] = content
+
+            def make(opened: Store) -> None:
+                make_point(opened, time, name=name, base=base, content=content)  # noqa: B023
+
+            alive = self.survives(make, number)
             self.check(time)
-            if not os.WIFSIGNALED(status):
-                assert status == 0
+            # not by the next child: its N-th change would then be another one
+            with store.open_store(self.path) as opened:
+                clear(opened)
+            if alive:
                 assert (self.path / VM / "latest").readlink() == Path(time)
-                assert [p.name for p in self.path.glob("by-name/*")] == [
-                    name_of(number, renaming=renaming)
-                ]
+                assert [p.name for p in self.path.glob("by-name/*")] == [name]
                 return number - 1
         raise AssertionError("no child survived")
+
+    def clear_leftovers(self) -> int:
+        for number in range(1, 1000):
+            self.clock += timedelta(seconds=1)
+            time = catalogue.format_time(self.clock)
+            with store.open_store(self.path) as opened:
+                clear(opened)
+                leave_partial(opened, time)
+                alive = self.survives(clear, number)
+                self.check(time)
+                if alive:
+                    assert opened.leftovers(VM) == []
+                    return number - 1
+        raise AssertionError("no child survived")
+
+    def survives(self, work: Callable[[Store], None], number: int) -> bool:
+        """Tell whether a child to be killed at change ``number`` got through ``work`` before."""
+        child = os.fork()
+        if child == 0:
+            Killer(number, self.mode).install()
+            with store.open_store(self.path) as opened:
+                work(opened)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL)
+        return status == 0
 
     def check(self, time: str) -> None:
         """Fail unless every listed point is as it must be, and none is lost."""
@@ -179,13 +215,11 @@ class Trial:
                 self.times.remove(time)
 
 
-def name_of(number: int, *, renaming: bool) -> str:
-    return f"web {number}" if renaming else "web"
-
-
 def main(path: Path, mode: str) -> int:
     trial = Trial(path, mode)
-    return trial.run(renaming=False) + trial.run(renaming=True)
+    killed = trial.make_points(renaming=False)
+    killed += trial.make_points(renaming=True)
+    return killed + trial.clear_leftovers()
 
 
 if __name__ == "__main__":
