@@ -200,6 +200,8 @@ class Stage(AbstractContextManager["Stage"]):
             ImageDamaged: the base is damaged or not whole; the disk needs a full copy.
             StoreError: the new image cannot be made.
         """
+        if not self._vm.is_folder(base_time):
+            raise errors.ImageDamaged(f"{self._vm.path / base_time} is gone, so it is no base")
         with self._vm.folder(base_time) as point:
             if damage.recorded(point) & {base.device, damage.UNREADABLE}:
                 raise errors.ImageDamaged(

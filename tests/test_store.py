@@ -611,6 +611,15 @@ def test_a_directory_that_cannot_be_read_is_told(
     assert "permission denied" in store.problems[0]
 
 
+def test_a_base_that_was_removed_is_not_used(store: Store, root: Path) -> None:
+    commit(store)
+    disk = only(store).point.disks[0]
+    shutil.rmtree(root / VM / FIRST)
+
+    with pytest.raises(errors.ImageDamaged, match="is gone"):
+        commit(store, time=SECOND, base=disk)
+
+
 def test_a_base_outside_is_not_used(store: Store, root: Path, tmp_path: Path) -> None:
     commit(store)
     disk = only(store).point.disks[0]
