@@ -163,8 +163,7 @@ class Session:
                 await self._cancelled(task, method, undo)
             raise
         finally:
-            with trio.move_on_after(_CLEANUP, shield=True):
-                await self._quietly(self.call("task.destroy", task))
+            await self._destroy_task(task)
 
     async def export_metadata(self, vm_uuid: str) -> bytes:
         """Return the tar that ``/export_metadata`` makes of a VM, without its snapshots.
@@ -172,15 +171,23 @@ class Session:
         Raises:
             PoolError: xapi refused.
         """
+        task = str(await self.call("task.create", "cbtfs: metadata of a VM", vm_uuid))
+        query = {"uuid": vm_uuid, "export_snapshots": "false", "task_id": task}
 
         async def get() -> bytes:
             context = await self._peers.context(self._master)
-            query = {"uuid": vm_uuid, "export_snapshots": "false"}
             return await self._web.get(
                 self._master, context, "/export_metadata", query=query, session=self._ref
             )
 
-        return await self._surviving(get, "export_metadata.get_")
+        try:
+            return await self._surviving(get, "export_metadata.get_")
+        except errors.PoolError:
+            if await self.fetch("task.get_status", task, type=str) == "failure":
+                await self._outcome(task, "export_metadata")  # says more than HTTP's 500
+            raise
+        finally:
+            await self._destroy_task(task)
 
     # ── tasks ────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,6 +212,10 @@ class Session:
         if undo is not None:
             with suppress(errors.XapiFailure):  # no result: the cancel came in time
                 await self._quietly(undo(await self._outcome(task, method)))
+
+    async def _destroy_task(self, task: str) -> None:
+        with trio.move_on_after(_CLEANUP, shield=True):
+            await self._quietly(self.call("task.destroy", task))
 
     async def _quietly(self, cleanup: Awaitable[object]) -> None:
         try:
