@@ -349,4 +349,6 @@ def state_dir(chosen: ChosenPool, *, environ: Mapping[str, str]) -> Path:
 def _state_base(environ: Mapping[str, str]) -> Path:
     if given := environ.get("STATE_DIRECTORY", "").split(":")[0]:
         return Path(given)
-    return Path("/var/lib/cbtfs") if os.geteuid() == 0 else platformdirs.user_state_path("cbtfs")
+    if os.geteuid() == 0 and not environ.get("XDG_STATE_HOME"):
+        return Path("/var/lib/cbtfs")
+    return platformdirs.user_state_path("cbtfs")

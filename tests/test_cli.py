@@ -1,48 +1,28 @@
 """The command line by itself: help, statuses, sentences, tables, JSON. No pool is needed here."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import trio
 import typer
 
-from cbtfs import cli, errors
+from cbtfs import errors
 from cbtfs.catalogue import Catalogue, DiskFailure, DiskPoint, Point, VMHistory
 from cbtfs.cli import failures, listing, output, running, syncing
 from cbtfs.cli.app import app
 from cbtfs.inventory import SR, VBD, VDI, VM, Inventory, Pool
 from cbtfs.sync import Outcome
 
+from .program import Program, Result, untouched_process
+
 LATER = ("diff", "restore", "prune", "pin", "open", "close", "clean", "check", "metrics", "report")
 NOW = ("ls", "info", "mount", "umount", "sync", "list", "verify", "doctor", "config", "sim", "demo")
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-class Program:
-    """Calls ``cbtfs`` in this process, in an environment without configuration."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str) -> Result:
-        self._capsys.readouterr()
-        status = cli.main(arguments)
-        captured = self._capsys.readouterr()
-        return Result(status, captured.out, captured.err)
 
 
 @pytest.fixture
@@ -52,12 +32,8 @@ def cbtfs(
     for name in [name for name in os.environ if name.startswith("CBTFS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
-    log = logging.getLogger("cbtfs")
-    kept = (log.handlers[:], log.propagate, log.level, signal.getsignal(signal.SIGTERM))
-    yield Program(capsys)
-    log.handlers[:], log.propagate = kept[0], kept[1]
-    log.setLevel(kept[2])
-    signal.signal(signal.SIGTERM, kept[3])
+    with untouched_process():
+        yield Program(capsys)
 
 
 def commands() -> Iterator[tuple[str, typer.core.TyperCommand | typer.core.TyperGroup]]:

@@ -1,0 +1,325 @@
+"""The verbs on a simulated pool, as a user calls them, with their JSON and their statuses."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from .program import Program, untouched_process
+from .simulated import RunningPool, running_pool
+
+
+class Disk(msgspec.Struct):
+    device: str
+    uuid: str
+    name: str
+    size: int
+    cbt: str
+    last_point: str | None
+    next: dict[str, str] | None
+
+
+class VM(msgspec.Struct):
+    name: str
+    uuid: str
+    disks: list[Disk]
+
+
+class Synced(msgspec.Struct):
+    device: str
+    method: str
+    reason: str
+    base: str | None
+    size: int
+    extents: int | None
+    bytes_changed: int | None
+
+
+class SyncedVM(msgspec.Struct):
+    vm: str
+    disks: list[Synced]
+    point: str | None = None
+    state: str = ""
+    error: str | None = None
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPool]:
+    with running_pool(tmp_path_factory.mktemp("pool")) as running:
+        yield running
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("CBTFS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    with untouched_process():
+        yield
+
+
+@pytest.fixture
+def cbtfs(
+    capsys: pytest.CaptureFixture[str], pool: RunningPool, environment: None, tmp_path: Path
+) -> Program:
+    return Program(capsys, "--config", str(pool.config), "--store", str(tmp_path / "store"))
+
+
+def synced(document: dict[str, object]) -> list[SyncedVM]:
+    return msgspec.convert(document["vms"], list[SyncedVM])
+
+
+def vms(document: dict[str, object]) -> dict[str, VM]:
+    return {vm.name: vm for vm in msgspec.convert(document["vms"], list[VM])}
+
+
+# ── What a pool has ──
+
+
+def test_ls_shows_disks_with_size_tracking_and_next_step(cbtfs: Program) -> None:
+    [_, line, *_] = cbtfs("ls", "--vm", "web1").out.splitlines()
+
+    assert line.split() == [
+        *("web1/xvda", "web1", "root", "512", "MiB", "0", "B", "on", "2", "-"),
+        *("full", "(first)"),
+    ]
+
+
+def test_ls_json_has_hostile_names_exactly(cbtfs: Program) -> None:
+    found = vms(cbtfs.json("ls"))
+
+    assert "../../etc" in found
+    assert any("\x9b" in name for name in found)
+    assert found["web1"].disks[0].size == 512 << 20
+
+
+def test_ls_prints_no_control_character_of_a_name(cbtfs: Program) -> None:
+    printed = cbtfs("ls").out
+
+    assert all(line.isprintable() for line in printed.splitlines())
+
+
+def test_ls_of_a_vm_that_is_not_there_is_status_10(cbtfs: Program) -> None:
+    result = cbtfs("ls", "--vm", "nothing")
+
+    assert result.status == 10
+    assert "nothing" in result.err
+
+
+def test_info_shows_one_disk_in_full(cbtfs: Program) -> None:
+    uuid = vms(cbtfs.json("ls"))["web1"].disks[0].uuid
+
+    by_device, by_uuid = cbtfs("info", "web1/xvda"), cbtfs("info", uuid)
+
+    assert by_device == by_uuid
+    assert f"uuid:         {uuid}\n" in by_device.out
+    assert "size:         512 MiB (536870912)\n" in by_device.out
+    assert "next sync:    full: no restore point has this disk yet\n" in by_device.out
+
+
+def test_info_of_a_snapshot_says_what_it_is_of(cbtfs: Program) -> None:
+    live = cbtfs.json("info", "web1/xvda")["vdi"]
+    assert isinstance(live, dict)
+    snapshot = str(live["snapshots"][0]).split()[0]
+
+    shown = cbtfs.json("info", snapshot)["vdi"]
+
+    assert isinstance(shown, dict)
+    assert shown["snapshot of"] == live["uuid"]
+
+
+def test_doctor_finds_the_pool_in_order(cbtfs: Program) -> None:
+    result = cbtfs("doctor")
+
+    assert result.status == 0
+    assert "ok    NBD: served with TLS" in result.out
+
+
+# ── Who is refused ──
+
+
+def test_wrong_password_is_status_12(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    pool: RunningPool,
+    environment: None,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "wrong").write_text("wrong")
+    monkeypatch.setenv("CBTFS_PASSWORD_FILE", str(tmp_path / "wrong"))
+
+    result = Program(capsys, "-q", "--config", str(pool.config))("ls")
+
+    assert (result.status, result.out, result.err.count("\n")) == (12, "", 1)
+
+
+def test_wrong_fingerprint_is_status_12_for_every_verb(
+    cbtfs: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CBTFS_FINGERPRINT", f"sha256:{'ab' * 32}")
+
+    assert cbtfs("ls").status == 12
+    assert cbtfs("sync", "--vm", "web1").status == 12
+    assert cbtfs("doctor").status == 12
+
+
+def test_pool_where_nobody_answers_is_status_13(
+    cbtfs: Program, monkeypatch: pytest.MonkeyPatch, pool: RunningPool
+) -> None:
+    monkeypatch.setenv("CBTFS_URL", "https://127.0.0.2:1")
+    monkeypatch.setenv("CBTFS_PASSWORD_FILE", str(pool.directory / "password"))
+
+    result = cbtfs("ls")
+
+    assert (result.status, result.out, result.err.count("\n")) == (13, "", 1)
+
+
+# ── Restore points ──
+
+
+def test_dry_run_changes_nothing_in_store_and_pool(
+    cbtfs: Program, pool: RunningPool, tmp_path: Path
+) -> None:
+    before = cbtfs.json("ls")
+
+    [plan] = synced(cbtfs.json("sync", "--vm", "db1", "-n"))
+
+    assert [(disk.method, disk.reason) for disk in plan.disks] == [("full", "first")]
+    assert not (tmp_path / "store").exists()
+    assert cbtfs.json("ls") == before
+
+
+def test_sync_list_and_verify_tell_the_same_story(cbtfs: Program, pool: RunningPool) -> None:
+    [first] = synced(cbtfs.json("sync", "--vm", "app1"))
+    guest = pool.open_guest("app1", "xvda") if (pool.directory / "guest/app1").exists() else None
+    if guest is not None:
+        guest.pwrite(b"x" * 4096, 1 << 20)
+        guest.shutdown()
+    [second] = synced(cbtfs.json("sync", "--vm", "app1"))
+
+    assert (first.state, second.state) == ("complete", "complete")
+    assert {disk.method for disk in first.disks} == {"full"}
+    assert next(d for d in second.disks if d.device == "xvda").base == first.point
+    assert str(first.point) in cbtfs("list", "--vm", "app1").out
+    assert cbtfs("verify").status == 0
+    assert vms(cbtfs.json("ls", "--vm", "app1"))["app1"].disks[0].last_point == second.point
+
+
+def test_damage_is_status_4_and_says_where(cbtfs: Program, tmp_path: Path) -> None:
+    [done] = synced(cbtfs.json("sync", "--vm", "app1"))
+    disk = tmp_path / "store" / "by-name" / "app1" / str(done.point) / "xvda.raw"
+    with disk.open("r+b") as file:
+        file.seek(128 << 10)
+        file.write(b"damage")
+
+    result = cbtfs("verify", "app1/latest/xvda")
+
+    assert result.status == 4
+    assert "app1/" in result.out
+    assert "DAMAGED: 1 blocks differ" in result.out
+    assert "  damaged: bytes 131072 to 196608\n" in result.out
+
+
+def test_vm_without_a_disk_to_copy_fails_and_others_do_not(cbtfs: Program) -> None:
+    result = cbtfs("sync", "--vm", "kiosk", "--vm", "app1")
+
+    assert result.status == 3
+    assert result.err.count("kiosk") >= 1
+    assert "app1/xvda" in result.out
+
+
+def test_disk_without_a_vm_is_synced_by_its_uuid(cbtfs: Program) -> None:
+    detached = msgspec.convert(cbtfs.json("ls")["detached"], list[Disk])
+
+    [done] = synced(cbtfs.json("sync", "--vdi", detached[0].uuid))
+
+    assert [disk.device for disk in done.disks] == ["disk"]
+
+
+def test_point_that_is_not_there_is_status_10(cbtfs: Program) -> None:
+    cbtfs("sync", "--vm", "app1")
+
+    assert cbtfs("verify", "app1/1999").status == 10
+    assert cbtfs("list", "--vm", "nothing").status == 10
+
+
+def test_job_of_the_configuration_names_pool_store_and_vms(
+    capsys: pytest.CaptureFixture[str], pool: RunningPool, environment: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "cbtfs.toml"
+    job = '[store.other]\npath = "other"\n[job.a]\npool = "sim"\nstore = "other"\n'
+    job += 'vms = ["app*"]\nexclude_disks = ["xvdb", "app1 raw"]\n'
+    path.write_text(pool.config.read_text() + job)
+
+    [done] = synced(Program(capsys, "--config", str(path)).json("sync", "a"))
+
+    assert [disk.device for disk in done.disks] == ["xvda", "xvdc"]
+    assert (tmp_path / "other" / "by-name" / "app1" / str(done.point)).is_dir()
+
+
+def test_interrupted_sync_ends_with_130_and_leaves_no_point(
+    pool: RunningPool, environment: None, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    pool.set("nbd.delay", "1s")
+    try:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "cbtfs", "--config", str(pool.config)),
+                *("--store", str(store), "sync", "--vm", "mail", "--json-progress"),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        process.stderr.readline()  # the first disk has begun
+        process.send_signal(2)
+        _, said = process.communicate()
+    finally:
+        pool.set("nbd.delay", "")
+
+    assert process.returncode == 130
+    assert "cbtfs: interrupted" in said
+    assert not list(store.glob("*/2*"))
+
+
+# ── The mount ──
+
+
+@pytest.mark.fuse
+def test_mount_returns_when_usable_and_umount_when_all_is_gone(
+    cbtfs: Program, pool: RunningPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("needs /dev/fuse")
+    monkeypatch.setenv("LOGS_DIRECTORY", str(tmp_path))
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+
+    assert cbtfs("mount", str(mnt)).status == 0
+    try:
+        names = {path.name for path in (mnt / "by-vm" / "web1").iterdir()}
+    finally:
+        status = cbtfs("umount", str(mnt)).status
+
+    assert {"xvda.raw", "xvdb.raw", "snapshots", "vm.json"} <= names
+    assert (status, list(mnt.iterdir())) == (0, [])
+
+
+def test_mount_that_fails_in_the_background_tells_its_status(
+    cbtfs: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CBTFS_FINGERPRINT", f"sha256:{'ab' * 32}")
+
+    assert cbtfs("mount", str(tmp_path)).status == 12
+
+
+def test_umount_of_what_is_no_mount_says_so(cbtfs: Program, tmp_path: Path) -> None:
+    result = cbtfs("umount", str(tmp_path))
+
+    assert result.status == 1
+    assert "nothing is mounted on it" in result.err
