@@ -5,7 +5,7 @@ cbtfs plays the pool, with its certificates, its limits and its bad habits, in a
 It shares no logic with the code that it tests. In reading order:
 
 - ``life``: start, stop, set, control: what the command line and the tests call
-- ``server``: a pool with all its wires; ``control``: the socket that steers it
+- ``server``: a pool with all its wires; ``controlsocket`` steers it
 - ``scenarios``: what a fresh pool holds; ``topology``, ``default_scenario``
 - ``filesystem``, ``lvm``, ``partitions``: real disk contents, made without root
 - ``https``, ``xapiserver``, ``handlers``: HTTP as xapi speaks it; ``vhd``, ``metadata``: what it

@@ -80,7 +80,7 @@ def ensure(directory: Path, subjects: Sequence[Subject]) -> None:
         for subject in subjects
         if not certificate_path(directory, subject.file).exists()
     ]
-    failures = []
+    failures: list[str] = []
     for subject, process in running:
         _, complaint = process.communicate()
         if process.returncode:

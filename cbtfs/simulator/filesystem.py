@@ -92,7 +92,7 @@ def _data(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _write_tree(source: Path, tree: Tree) -> list[str]:
     source.mkdir()
-    paths = set()
+    paths: set[str] = set()
     for name, content in tree.items():
         path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import ssl
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from . import metadata, values, vhd
@@ -93,7 +93,7 @@ class Handlers:
         return handle
 
     @contextlib.contextmanager
-    def _session(self, request: Request) -> Iterator[str]:
+    def _session(self, request: Request) -> Generator[str]:
         """Give the request's session, or a temporary one for HTTP Basic."""
         session = request.parameter("session_id")
         given = request.basic
@@ -211,7 +211,7 @@ class Handlers:
         return _Answered(failure)
 
     @contextlib.contextmanager
-    def _attached(self, call: Call, vdi: str, *, write: bool) -> Iterator[Attachment]:
+    def _attached(self, call: Call, vdi: str, *, write: bool) -> Generator[Attachment]:
         """Plug the disk in dom0; failures go into the body, the answer ends before the unplug."""
         with contextlib.ExitStack() as plugged:
             try:

@@ -16,9 +16,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from cbtfs import errors
 
-from . import control as controlling, scenarios, server
+from . import controlsocket, scenarios, server
 from .server import Ports
 
 log = logging.getLogger(__name__)
@@ -93,15 +95,19 @@ def run(
     place.mkdir(parents=True, exist_ok=True)
     _lock(place)
     simulator = server.open_simulator(place, scenario=scenario, ports=ports, address=address)
+
+    def end(_signum: int, _frame: object) -> None:
+        simulator.stopping.set()
+
     try:
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda *_: simulator.stopping.set())
+            signal.signal(signum, end)
         _tell(ready, "ready")
         while not simulator.stopping.wait(3600):
             pass
     finally:
         simulator.close()
-        for name in (controlling.NAME, "pid"):
+        for name in (controlsocket.NAME, "pid"):
             (place / name).unlink(missing_ok=True)
 
 
@@ -116,7 +122,7 @@ def stop(directory: Path | str) -> bool:
         return False
     pid = _pid(place)
     try:
-        controlling.ask(place, "stop")
+        controlsocket.ask(place, "stop")
     except errors.CbtfsError:
         if pid:
             with contextlib.suppress(ProcessLookupError):
@@ -133,8 +139,8 @@ def status(directory: Path | str) -> Mapping[str, object]:
         NotFound: nothing.
     """
     place = Path(directory).absolute()
-    told = controlling.ask(place, "status")
-    return {"pid": _pid(place), **(told if isinstance(told, dict) else {})}
+    told = msgspec.convert(controlsocket.ask(place, "status"), dict[str, object])
+    return {"pid": _pid(place), **told}
 
 
 def set_values(directory: Path | str, values: Mapping[str, str]) -> None:
@@ -144,7 +150,7 @@ def set_values(directory: Path | str, values: Mapping[str, str]) -> None:
         UsageError: no such key, or the value does not fit.
         NotFound: no pool runs there.
     """
-    controlling.ask(Path(directory), "set", *(f"{key}={value}" for key, value in values.items()))
+    controlsocket.ask(Path(directory), "set", *(f"{key}={value}" for key, value in values.items()))
 
 
 def control(directory: Path | str, command: str, *arguments: str) -> object:
@@ -155,7 +161,7 @@ def control(directory: Path | str, command: str, *arguments: str) -> object:
         UsageError: no such command.
         CbtfsError: it failed.
     """
-    return controlling.ask(Path(directory), command, *arguments)
+    return controlsocket.ask(Path(directory), command, *arguments)
 
 
 def is_running(directory: Path | str) -> bool:

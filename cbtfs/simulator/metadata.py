@@ -10,6 +10,7 @@ import tarfile
 import uuid
 import xmlrpc.client
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 from xml.parsers.expat import ExpatError
 
 from . import fields, values
@@ -230,8 +231,8 @@ def _is_ref(value: Value) -> bool:
 def _typed(kind: str, record: object) -> Record:
     """Return a parsed record with the datamodel's types; unknown fields are left out."""
     known = fields.CLASSES.get(kind, {})
-    items = record.items() if isinstance(record, dict) else []
-    return {str(n): _value(known[str(n)].type, v) for n, v in items if str(n) in known}
+    items = cast(Mapping[str, object], record).items()
+    return {name: _value(known[name].type, value) for name, value in items if name in known}
 
 
 def _value(kind: str, value: object) -> Value:
@@ -243,9 +244,10 @@ def _value(kind: str, value: object) -> Value:
         case str():
             return int(value) if kind == "int" else value
         case list():
-            return [_value("", item) for item in value]
+            return [_value("", item) for item in cast(list[object], value)]
         case dict():
-            return {str(name): _value("", item) for name, item in value.items()}
+            items = cast(Mapping[str, object], value).items()
+            return {name: _value("", item) for name, item in items}
         case _:
             raise SimError("IMPORT_ERROR", f"unexpected {type(value).__name__}")
 

@@ -17,9 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from cbtfs import errors
 
-from . import certificates, control, listener, scenarios
+from . import certificates, controlsocket, listener, scenarios
 from .certificates import Subject
 from .faults import Faults
 from .guest import GuestSockets
@@ -123,7 +125,7 @@ class Simulator:
             stack.callback(self._keeper.join, 10)
             stack.callback(self.stopping.set)
             _write_client_files(self._directory, hosts, self.ports)
-            stack.callback(control.serve(self._directory, self.execute).stop)
+            stack.callback(controlsocket.serve(self._directory, self.execute).stop)
             self._closing = stack.pop_all()
 
     def close(self) -> None:
@@ -187,8 +189,7 @@ class Simulator:
             servers.up(self.ports)
 
     def _counts(self) -> object:
-        counted = self._pool.control("counters")
-        counts = counted if isinstance(counted, dict) else {}
+        counts = msgspec.convert(self._pool.control("counters"), dict[str, object])
         return {**counts, "nbd": self._counters.report()}
 
     def _reset_counts(self) -> object:
@@ -233,7 +234,7 @@ class Simulator:
             if ticks % _AUTOSAVE == 0 and now != saved:
                 saved = now
                 self._pool.save()
-            if ticks % _WATCH == 0 and not (self._directory / control.NAME).exists():
+            if ticks % _WATCH == 0 and not (self._directory / controlsocket.NAME).exists():
                 log.warning("the directory is gone: ending")
                 self.stopping.set()
 
@@ -258,31 +259,30 @@ def open_simulator(
     pool = SimulatedPool(directory, faults=Faults())
     pool.users = {USER: PASSWORD}
     if pool.load():
-        scenario = str(known.get("scenario", scenario))
+        scenario = known.scenario or scenario
     else:
         scenarios.build(pool, scenario, address=address)
         pool.save()
-    last = Ports(_number(known.get("https_port")), _number(known.get("nbd_port")))
+    last = Ports(known.https_port, known.nbd_port)
     simulator = Simulator(pool, scenario=scenario, ports=ports or last)
-    remembered = {
-        "scenario": scenario,
-        "https_port": simulator.ports.https,
-        "nbd_port": simulator.ports.nbd,
-    }
-    (directory / "server.json").write_text(json.dumps(remembered) + "\n", encoding="utf-8")
+    memory = _Memory(scenario, simulator.ports.https, simulator.ports.nbd)
+    (directory / "server.json").write_bytes(msgspec.json.encode(memory))
     return simulator
 
 
-def _remembered(directory: Path) -> dict[str, object]:
-    with contextlib.suppress(OSError, ValueError):
-        remembered: object = json.loads((directory / "server.json").read_text(encoding="utf-8"))
-        if isinstance(remembered, dict):
-            return {str(key): value for key, value in remembered.items()}
-    return {}
+class _Memory(msgspec.Struct):
+    """What ``server.json`` keeps from one start to the next."""
+
+    scenario: str = ""
+    https_port: int = 0
+    nbd_port: int = 0
 
 
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0
+def _remembered(directory: Path) -> _Memory:
+    try:
+        return msgspec.json.decode((directory / "server.json").read_bytes(), type=_Memory)
+    except (OSError, msgspec.DecodeError):
+        return _Memory()
 
 
 def _identities(
@@ -299,7 +299,7 @@ def _identities(
     )
     certificates.ensure(folder, [*subjects, everybody])
     impostor = certificates.server_context(folder, everybody.file)
-    identities = {}
+    identities: dict[str, Identity] = {}
     for host in hosts:
         pem = certificates.certificate_path(folder, host.name).read_text(encoding="ascii")
         # xapi answers the smallest of the certificate's names: the short one

@@ -5,11 +5,12 @@ Request ``{"command": "set", "arguments": ["nbd.delay=2ms"]}``; answer ``{"resul
 """
 
 import contextlib
-import json
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+
+import msgspec
 
 from cbtfs import errors
 
@@ -18,6 +19,22 @@ from .guest import listen_unix
 from .listener import Listener
 
 NAME = "control.sock"
+
+
+class Request(msgspec.Struct):
+    """A line from a client."""
+
+    command: str
+    arguments: list[str] = []
+
+
+class Answer(msgspec.Struct, omit_defaults=True):
+    """A line to a client; ``error`` is "" where all went well."""
+
+    result: object = None
+    error: str = ""
+    kind: str = ""
+
 
 Execute = Callable[[str, list[str]], object]
 
@@ -28,7 +45,7 @@ def serve(directory: Path, execute: Execute) -> Listener:
     def handle(connection: socket.socket) -> None:
         with connection.makefile("rwb") as file:
             for line in file:
-                file.write(json.dumps(_answer(execute, line)).encode() + b"\n")
+                file.write(msgspec.json.encode(_answer(execute, line)) + b"\n")
                 file.flush()
 
     return Listener(listen_unix(directory / NAME), handle, name="control")
@@ -42,19 +59,21 @@ def ask(directory: Path, command: str, *arguments: str) -> object:
         UsageError: it does not know the command, the setting or the value.
         CbtfsError: it failed.
     """
-    request = json.dumps({"command": command, "arguments": arguments})
+    request = msgspec.json.encode(Request(command, list(arguments)))
     with contextlib.closing(_connect(directory)) as connection:
-        connection.sendall(request.encode() + b"\n")
+        connection.sendall(request + b"\n")
         with connection.makefile("rb") as file:
             line = file.readline()
-    answer: object = json.loads(line) if line else {"error": "it ended while it was asked"}
-    if not isinstance(answer, dict):
-        raise errors.CbtfsError(f"the simulated pool in {directory} talks nonsense")
-    if "error" in answer:
-        kind = errors.UsageError if answer.get("kind") == "usage" else errors.CbtfsError
-        raise kind(f"simulated pool: {answer['error']}")
-    result: object = answer.get("result")
-    return result
+    try:
+        answer = msgspec.json.decode(line, type=Answer)
+    except msgspec.DecodeError:
+        raise errors.CbtfsError(
+            f"the simulated pool in {directory} ended before it answered"
+        ) from None
+    if answer.error:
+        kind = errors.UsageError if answer.kind == "usage" else errors.CbtfsError
+        raise kind(f"simulated pool: {answer.error}")
+    return answer.result
 
 
 def _connect(directory: Path) -> socket.socket:
@@ -73,14 +92,11 @@ def _connect(directory: Path) -> socket.socket:
     return connection
 
 
-def _answer(execute: Execute, line: bytes) -> dict[str, object]:
+def _answer(execute: Execute, line: bytes) -> Answer:
     try:
-        request: object = json.loads(line)
-        if not isinstance(request, dict):
-            return {"error": "a command is a JSON object", "kind": "usage"}
-        arguments = [str(argument) for argument in request.get("arguments", [])]
-        return {"result": execute(str(request.get("command")), arguments)}
-    except errors.UsageError as exc:
-        return {"error": str(exc), "kind": "usage"}
+        request = msgspec.json.decode(line, type=Request)
+        return Answer(result=execute(request.command, request.arguments))
+    except (errors.UsageError, msgspec.DecodeError) as exc:
+        return Answer(error=str(exc), kind="usage")
     except (errors.CbtfsError, SimError, OSError, ValueError, KeyError, TypeError) as exc:
-        return {"error": f"{type(exc).__name__}: {exc}"}
+        return Answer(error=f"{type(exc).__name__}: {exc}")
