@@ -58,7 +58,7 @@ def build_topology(builder: Builder, *, address: str) -> Topology:
         shared=builder.add_sr("Shared NFS", type="nfs", hosts=hosts, size=1 << 46),
         local=tuple(builder.add_sr("Local storage", type="ext", hosts=[host]) for host in hosts),
         half_attached=builder.add_sr(
-            "iSCSI half attached", type="lvmoiscsi", hosts=hosts, detached=hosts[1:]
+            "iSCSI half attached", type="lvmoiscsi", hosts=hosts[:1], detached=hosts[1:]
         ),
         sectors_4k=builder.add_sr("Large blocks", type="largeblock", hosts=hosts[:1], sector=4096),
         fine=builder.add_sr("ZFS", type="zfs", hosts=hosts[:1], granularity=4096),
