@@ -165,5 +165,10 @@ class _Work:
         if self.base is None:
             return stage.new_image(file, size=self.size)
         return stage.cloned_image(
-            file, base_time=self.base.time, base=self.base.disk, size=self.size
+            file,
+            base_time=self.base.time,
+            base=self.base.disk,
+            size=self.size,
+            # without reflinks a clone takes long, and must not outlive a Ctrl-C
+            copied=lambda _: trio.from_thread.check_cancelled(),
         )

@@ -4,12 +4,15 @@ It stands in the object's ``other_config``, which xapi copies to snapshots and c
 names the object it was meant for, and a copy of it on another object counts for nothing.
 """
 
+import re
 from collections.abc import Mapping
 
 import msgspec
 
 TAG_OWNER = "cbtfs:owner"
 """Key in ``other_config`` of whatever cbtfs made in the pool."""
+
+_RUN_NAME = re.compile(r"cbtfs ([0-9]{8}T[0-9]{6}Z) [0-9a-f]{16}")
 
 
 class Owned(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,3 +51,14 @@ def read_owner(other_config: Mapping[str, str], uuid: str) -> Owned | None:
 def write_owner(owned: Owned) -> str:
     """Return the value for ``TAG_OWNER`` in the ``other_config`` of the object."""
     return msgspec.json.encode(owned).decode()
+
+
+def run_name(time: str, run: str) -> str:
+    """Return what a run calls its snapshot in the pool: ``cbtfs TIME RUN``, RUN 16 hex digits."""
+    return f"cbtfs {time} {run}"
+
+
+def time_of_run(name: str) -> str:
+    """Return the TIME in a name that ``run_name`` made, "" if it is none."""
+    match = _RUN_NAME.fullmatch(name)
+    return match[1] if match else ""

@@ -49,6 +49,7 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
         run: random name of the run, in hex digits.
         snapshot_name: what the snapshot in the pool will be called.
         vm_uuid: name of the VM's directory.
+        earlier: names of snapshots that dead runs asked for, and that the pool may yet take.
     """
 
     time: str
@@ -60,6 +61,7 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     boot: str = ""
     pid: int = 0
     starttime: int = 0
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,14 @@ from . import (
 )
 from .catalogue import DiskFailure, DiskPoint, Point, VMHistory
 from .diskcopy import Told
-from .inventory import VDI, VM, Inventory, Owned
+from .inventory import VDI, VM, Inventory
+from .owner import Owned, run_name, time_of_run
 from .plan import DiskPlan, Reason, VMPlan
 from .pool import Pool
 from .process import this_process
 from .progress import Progress
 from .snapshot import Naming, Snapshot
-from .store import Intent, Stage, Store
+from .store import Intent, Leftover, Stage, Store
 
 CLEANUP = 60.0
 """Seconds that tidying up the pool may take after an interruption."""
@@ -177,9 +178,8 @@ class _VMRun:
             return replace(outcome, error=exc, problems=tuple(self._problems))
 
     async def _locked(self, inventory: Inventory, outcome: Outcome) -> Outcome:
-        leftovers = [left.intent for left in self._store.leftovers(self._key)]
-        names = [intent.snapshot_name for intent in leftovers if intent is not None]
-        await self._clear(inventory, names)
+        earlier = _snapshot_names(self._store.leftovers(self._key))
+        await self._clear_pool(inventory, earlier)
         history = self._store.catalogue().vms.get(self._key)
         plan = _plan_one(
             inventory, self._store, self._target, history=history, options=self._options
@@ -188,19 +188,16 @@ class _VMRun:
         if not plan.disks:
             raise errors.UsageError(f"{plan.vm_name} has no disk that can be synced")
         await self._pool.check_nbd()
-        self._check_space(inventory, plan)
         for disk in plan.disks:
             if disk.enable_cbt:
                 await self._pool.enable_cbt(disk.vdi_ref)
-        point = await self._make(plan, history, earlier=names)
+        point = await self._make(inventory, plan, history, earlier=earlier)
         return replace(outcome, point=point, problems=tuple(self._problems))
 
-    async def _clear(self, inventory: Inventory, names: Sequence[str]) -> None:
+    async def _clear_pool(self, inventory: Inventory, names: Sequence[str]) -> None:
         """Remove what dead runs of this VM left; we hold its lock, so none of them is alive."""
         for name in names:
             await self._destroy_run(name)
-        for leftover in self._store.leftovers(self._key):
-            await trio.to_thread.run_sync(self._store.abandon, leftover)
         if isinstance(self._target, VM):
             self._problems += await snapshots.clear_vms(
                 self._pool, inventory, self._target, self._store.uuid
@@ -208,7 +205,7 @@ class _VMRun:
 
     async def _destroy_run(self, name: str) -> None:
         """Destroy the snapshot called ``name``; its disks are tagged first, lest we die between."""
-        owner = _owner(self._store.uuid, time=name.split(" ")[1])
+        owner = _owner(self._store.uuid, time=time_of_run(name))
         await self._pool.destroy_run_leftovers(self._target.ref, name, owner=owner)
 
     def _check_space(self, inventory: Inventory, plan: VMPlan) -> None:
@@ -229,21 +226,28 @@ class _VMRun:
     # ── From snapshot to commit ──────────────────────────────────────────────────────────────
 
     async def _make(
-        self, plan: VMPlan, history: VMHistory | None, *, earlier: Sequence[str]
+        self,
+        inventory: Inventory,
+        plan: VMPlan,
+        history: VMHistory | None,
+        *,
+        earlier: Sequence[str],
     ) -> Point:
         started = datetime.now(UTC)
-        time = _next_time(history, started)
-        naming = _naming(time, self._store.uuid)
-        with self._store.stage(self._key, time=time) as stage:
-            stage.record(_intent(plan, naming))
+        naming = _naming(_next_time(history, started), self._store.uuid)
+        with self._store.stage(self._key, time=naming.owner.point) as stage:
             try:
+                stage.record(_intent(plan, naming, earlier))
+                # not before their names are on record again
+                await self._abandon_leftovers()
+                self._check_space(inventory, plan)
                 snapshot = await snapshots.take(self._pool, plan, naming)
                 for name in earlier:
                     # a run killed within VM.snapshot: the pool finished it only before ours
                     await self._destroy_run(name)
                 point = await self._fill(plan, snapshot, stage, started=started)
             except BaseException:
-                await self._tidy(stage, naming)
+                await self._tidy(stage, (naming.name, *earlier))
                 raise
             self._problems += stage.commit(point)
         self._problems += await snapshots.retire(
@@ -254,6 +258,10 @@ class _VMRun:
             store_uuid=self._store.uuid,
         )
         return point
+
+    async def _abandon_leftovers(self) -> None:
+        for leftover in self._store.leftovers(self._key):
+            await trio.to_thread.run_sync(self._store.abandon, leftover)
 
     async def _fill(
         self, plan: VMPlan, snapshot: Snapshot, stage: Stage, *, started: datetime
@@ -318,18 +326,18 @@ class _VMRun:
             return [f"the VM's metadata could not be saved: {exc}"]
         return []
 
-    async def _tidy(self, stage: Stage, naming: Naming) -> None:
-        """Take back an unfinished point: the snapshot in the pool, then the files."""
+    async def _tidy(self, stage: Stage, names: Sequence[str]) -> None:
+        """Take back an unfinished point: the snapshots in the pool, then the files."""
         with trio.move_on_after(CLEANUP, shield=True):
             try:
-                await self._destroy_run(naming.name)
+                for name in names:
+                    await self._destroy_run(name)
             except errors.CbtfsError as exc:
-                # the partial point stays, and with it the name: the next run tries again
+                # the partial point stays, and with it the names: the next run tries again
                 self._problems.append(f"{exc}; the next sync of this VM tries again")
                 return
             stage.close()
-            for leftover in self._store.leftovers(self._key):
-                self._store.abandon(leftover)
+            await self._abandon_leftovers()
 
 
 def _vdi_of(snapshot: Snapshot, disk: DiskPlan) -> VDI:
@@ -353,7 +361,7 @@ def _next_time(history: VMHistory | None, now: datetime) -> str:
 
 
 def _naming(time: str, store_uuid: str) -> Naming:
-    return Naming(f"cbtfs {time} {secrets.token_hex(8)}", _owner(store_uuid, time=time))
+    return Naming(run_name(time, secrets.token_hex(8)), _owner(store_uuid, time=time))
 
 
 def _owner(store_uuid: str, *, time: str) -> Owned:
@@ -370,7 +378,14 @@ def _owner(store_uuid: str, *, time: str) -> Owned:
     )
 
 
-def _intent(plan: VMPlan, naming: Naming) -> Intent:
+def _snapshot_names(leftovers: Sequence[Leftover]) -> list[str]:
+    """Return what dead runs may have made in the pool; what a run cannot have named is ignored."""
+    intents = [leftover.intent for leftover in leftovers if leftover.intent is not None]
+    names = (name for intent in intents for name in (intent.snapshot_name, *intent.earlier))
+    return [name for name in dict.fromkeys(names) if time_of_run(name)]
+
+
+def _intent(plan: VMPlan, naming: Naming, earlier: Sequence[str]) -> Intent:
     owner = naming.owner
     return Intent(
         time=owner.point,
@@ -381,4 +396,5 @@ def _intent(plan: VMPlan, naming: Naming) -> Intent:
         host=owner.host,
         boot=owner.boot,
         starttime=owner.starttime,
+        earlier=tuple(earlier),
     )

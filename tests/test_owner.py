@@ -55,3 +55,18 @@ def test_an_object_without_uuid_is_nobodys() -> None:
 @given(st.text(alphabet=st.characters(categories=None)))
 def test_any_value_can_be_asked(value: str) -> None:
     assert owner.read_owner({owner.TAG_OWNER: value}, "u1") is None
+
+
+def test_a_run_is_known_by_the_name_of_its_snapshot() -> None:
+    name = owner.run_name("20261122T020000Z", "0123456789abcdef")
+
+    assert name == "cbtfs 20261122T020000Z 0123456789abcdef"
+    assert owner.time_of_run(name) == "20261122T020000Z"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "nightly", "cbtfs", "cbtfs 20261122T020000Z", "cbtfs 20261122T020000Z 0123456789ABCDEF"],
+)
+def test_other_snapshots_are_of_no_run(name: str) -> None:
+    assert owner.time_of_run(name) == ""
