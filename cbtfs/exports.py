@@ -99,15 +99,20 @@ class Exports:
             ExportError: a host refused.
             PoolError: no host exports the disk; the text says what to do.
         """
-        self._open[vdi_ref] += 1
-        try:
-            async with AsyncExitStack() as stack:
-                # in the pool, connections that plug one disk at the same time fail each other
-                async with self._gates[vdi_ref]:
-                    export = await self._connected(vdi_ref, stack)
+        async with AsyncExitStack() as stack:
+            self._open[vdi_ref] += 1
+            stack.callback(self._left, vdi_ref)
+            # in the pool, connections that plug one disk at the same time fail each other
+            async with self._gates[vdi_ref]:
+                export = await self._connected(vdi_ref, stack)
+            try:
                 yield export
-        finally:
-            self._open[vdi_ref] -= 1
+            finally:
+                if export.lost:  # the next connection had better be to another host
+                    self._failed[self._key(export.address)] = trio.current_time()
+
+    def _left(self, vdi_ref: str) -> None:
+        self._open[vdi_ref] -= 1
 
     async def purpose(self) -> str:
         """Return ``nbd``, ``insecure_nbd``, or "" if no network of the pool serves NBD.
