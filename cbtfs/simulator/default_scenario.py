@@ -124,9 +124,9 @@ def _web1(builder: Builder, topology: Topology, scratch: Path) -> None:
     image = _ext4(scratch, "web1-data", size=size, tree=web1_data_files())
     _write(disk, filesystem.runs(image, offset=partitions.ALIGNMENT))
     builder.start(vm)
-    builder.snapshot(vm, "before upgrade")
+    builder.snapshot(vm, "before upgrade", taken="20251010T020000Z")
     _write(builder.pool.disk(root), _web1_system(scratch, version=2))
-    builder.snapshot(vm, "nightly")
+    builder.snapshot(vm, "nightly", taken="20251011T020000Z")
     builder.pool.disk(data).write(200 * MiB, noise("written after the last snapshot", 128 * KiB))
 
 
@@ -194,7 +194,7 @@ def _template(builder: Builder, topology: Topology) -> None:
     template = builder.add_vm("Debian 12", template=True)
     builder.add_vbd(template, vdi, userdevice="0", bootable=True)
     # turns the template's disk into a hidden base copy with two children
-    builder.snapshot(template, "golden image")
+    builder.snapshot(template, "golden image", taken="20251009T120000Z")
 
 
 def _detached(builder: Builder, topology: Topology) -> None:

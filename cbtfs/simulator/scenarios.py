@@ -105,3 +105,5 @@ def build(pool: SimulatedPool, name: str, *, address: str = FIRST_ADDRESS) -> No
     check(name)
     builder = Builder(pool, seed=f"cbtfs {name}")
     SCENARIOS[name](builder, build_topology(builder, address=address))
+    for sr in pool.db.records("SR"):  # so that the records tell what was written
+        pool.call("SR.scan", sr)
