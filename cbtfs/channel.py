@@ -115,7 +115,7 @@ async def open_channel(host: str, port: int, *, cert_pem: str, subject: str) -> 
     """
     peer = f"{host}:{port}"
     context = tls.pin(cert_pem)
-    stream = await trio.open_tcp_stream(host, port)
+    stream = await tls.connect(host, port)
     try:
         with tls.broken_is_oserror(peer):
             flags = await _starttls(stream, peer=peer)

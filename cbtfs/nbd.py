@@ -398,7 +398,7 @@ async def _opened(
         )
         nursery.start_soon(peer.run)
         return peer.socket, peer.close
-    stream = await trio.open_tcp_stream(address.host, address.port)
+    stream = await tls.connect(address.host, address.port)
     sock = socket.socket(fileno=stream.socket.detach())
     twin = sock.dup()  # libnbd owns and closes the other
     return sock, lambda: _shut(twin)

@@ -21,7 +21,7 @@ import logging
 import os
 import ssl
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -84,10 +84,6 @@ class Peers:
     def addresses(self) -> tuple[str, ...]:
         """Return every known address: the configured one first, then the learned ones."""
         return tuple(dict.fromkeys((self.host, *self._learned)))
-
-    def knows(self, addresses: Iterable[str]) -> bool:
-        """Tell whether a certificate was learned for each of ``addresses``."""
-        return all(address in self._learned for address in addresses)
 
     async def context(self, host: str) -> ssl.SSLContext:
         """Return the TLS context that verifies ``host``; shakes hands with it the first time.

@@ -136,16 +136,34 @@ async def probe(host: str, port: int, *, context: ssl.SSLContext) -> str:
         OSError: nobody answers.
         AuthenticationFailed: ``context`` does not accept the certificate.
     """
-    async with await trio.open_tcp_stream(host, port) as stream:
+    async with await connect(host, port) as stream:
         session = Handshake(context, host)
         await session.run(stream, peer=f"{host}:{port}")
     return ssl.DER_cert_to_PEM_cert(session.certificate())
 
 
+async def connect(host: str, port: int) -> trio.SocketStream:
+    """Return a TCP connection.
+
+    Raises:
+        OSError: nobody answers, or ``host`` is no name at all.
+    """
+    try:
+        return await trio.open_tcp_stream(host, port)
+    except (ValueError, TypeError) as exc:  # UnicodeError is one
+        raise OSError(f"{host!r} is no host name") from exc
+
+
 class Handshake:
-    """TLS without a socket: ``incoming`` takes what came from the wire, ``outgoing`` gives."""
+    """TLS without a socket: ``incoming`` takes what came from the wire, ``outgoing`` gives.
+
+    Raises:
+        AuthenticationFailed: ``context`` checks names, and ``name`` is none.
+    """
 
     def __init__(self, context: ssl.SSLContext, name: str) -> None:
+        if context.check_hostname and _sni(name) is None:
+            raise errors.AuthenticationFailed(f"{name!r} is no name that a certificate can have")
         self.incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=_sni(name))

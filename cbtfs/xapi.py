@@ -46,6 +46,7 @@ CALL_TIMEOUT = 60.0
 wait for other operations, up to two hours, are asynchronous."""
 
 _KEEP_ALIVE = 900.0  # an idle session lives 24 h, renewed at most every 600 s (xapi_globs.ml)
+_LONG = 1 << 20  # bytes of JSON that take milliseconds to parse, and so a thread
 _HOPS = 4
 _ATTEMPTS = 4
 _CLEANUP = 10.0
@@ -131,6 +132,8 @@ class Session:
         """
         raw = await self._fetch_raw(method, *args)
         try:
+            if len(raw) < _LONG:
+                return _decoded(raw, type)
             return await trio.to_thread.run_sync(_decoded, raw, type)
         except msgspec.MsgspecError as exc:
             raise errors.PoolError(f"xapi's answer to {method} is not understood: {exc}") from exc
@@ -275,7 +278,7 @@ class Session:
                 failures[host] = str(_translated(exc, ""))
             except errors.XapiFailure as exc:
                 failures[host] = exc.code
-                if exc.code == "HOST_IS_SLAVE" and exc.params and hops < _HOPS:
+                if exc.code == "HOST_IS_SLAVE" and any(exc.params) and hops < _HOPS:
                     hops += 1
                     queue.insert(0, exc.params[0])
                 elif exc.code not in {"HOST_IS_SLAVE", *_NOT_READY}:

@@ -154,3 +154,14 @@ def test_a_fingerprint_may_be_written_as_openssl_prints_it(text: str) -> None:
 def test_what_is_no_fingerprint_is_a_configuration_error(text: str) -> None:
     with pytest.raises(errors.ConfigError, match="fingerprint"):
         tls.parse_fingerprint(text)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 300, ""])
+async def test_what_is_no_host_name_does_not_answer(host: str) -> None:
+    with pytest.raises(OSError):  # noqa: PT011 - of the resolver or ours
+        await tls.fetch_certificate(host, 443)
+
+
+def test_a_name_that_cannot_be_checked_is_not_believed() -> None:
+    with pytest.raises(errors.AuthenticationFailed, match="no name"):
+        tls.Handshake(tls.ca(), "fe80::1%eth0")
