@@ -14,7 +14,7 @@ import typer
 
 from cbtfs import errors
 from cbtfs.catalogue import Catalogue, DiskFailure, DiskPoint, Point, VMHistory
-from cbtfs.cli import failures, listing, output, running, syncing
+from cbtfs.cli import failures, listing, mounting, output, running, syncing
 from cbtfs.cli.app import app
 from cbtfs.inventory import SR, VBD, VDI, VM, Inventory, Pool
 from cbtfs.sync import Outcome
@@ -125,6 +125,29 @@ def test_store_that_is_not_there_is_an_error_and_is_not_made(
 
 def test_status_of_a_pool_that_does_not_run_is_not_found(cbtfs: Program, tmp_path: Path) -> None:
     assert cbtfs("sim", "status", str(tmp_path)).status == 10
+
+
+# ── mount(8) ──
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("prod /mnt", "--pool prod mount -- /mnt"),
+        ("none /mnt -o ro,live=off", "mount -o ro,live=off -- /mnt"),
+        (
+            "prod /mnt -n -o rw,config=/c,store=/s",
+            "--pool prod --config /c --store /s mount -o rw -- /mnt",
+        ),
+    ],
+)
+def test_helper_of_mount_understands_what_it_is_given(words: str, arguments: str) -> None:
+    assert mounting.helper_arguments(words.split()) == arguments.split()
+
+
+def test_helper_of_mount_wants_pool_and_directory() -> None:
+    with pytest.raises(errors.UsageError, match="mount -t fuse.cbtfs POOL DIR"):
+        mounting.helper_arguments(["/mnt"])
 
 
 # ── config ──

@@ -91,9 +91,9 @@ def test_every_dependency_is_pinned() -> None:
 
 
 def commands_in(path: Path) -> list[str]:
-    """Return the cbtfs commands in the indented and fenced blocks of a document."""
+    """Return the cbtfs commands in the indented blocks of a document."""
     lines = path.read_text().splitlines()
-    found = [line.strip().removeprefix("$ ") for line in lines]
+    found = [line.strip() for line in lines if line.startswith("    ")]
     return [line.split("  #")[0] for line in found if line.startswith("cbtfs ")]
 
 

@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +36,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 INTERRUPTED = 128 + signal.SIGINT
+
+MOUNT_HELPER = "mount.fuse.cbtfs"
 
 for module in (pools, mounting, syncing, points, doctoring, configuring, simulating, demo):
     module.register(app)
@@ -100,11 +103,16 @@ class _SafeFormatter(logging.Formatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status; everything that fails passes here."""
+    """Run the command line and return the exit status; everything that fails passes here.
+
+    Under the name ``mount.fuse.cbtfs`` the program is a helper of mount(8).
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a TextIOWrapper
     failures.install_signal_handler()
     try:
+        if Path(sys.argv[0]).name == MOUNT_HELPER:
+            arguments = mounting.helper_arguments(arguments)
         status = app(arguments, prog_name="cbtfs", standalone_mode=False)
         output.finish()
     except (Exception, KeyboardInterrupt) as exc:

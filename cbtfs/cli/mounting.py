@@ -1,12 +1,14 @@
 """``mount`` and ``umount``: a pool's disks as files."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 import trio
 import typer
 
-from cbtfs import mount as mounts
+from cbtfs import errors, mount as mounts
 from cbtfs.mount import Backups, MountOptions
 
 from . import context as contexts, running
@@ -47,6 +49,30 @@ def mount(
         arguments = _arguments(options, mountpoint, text)
         raise typer.Exit(mounts.start_background(arguments, log_file=_log_file(options)))
     running.run(lambda: _serve(options, Path(mountpoint), chosen))
+
+
+def helper_arguments(words: Sequence[str]) -> list[str]:
+    """Return the command line for what mount(8) hands to ``mount.fuse.cbtfs``.
+
+    That is ``POOL DIR [-sfnv] [-o OPTS]``; POOL is ``none`` for the only pool or the environment's.
+    ``config=FILE`` and ``store=DIR`` among OPTS become the options of that name.
+
+    Raises:
+        UsageError: POOL or DIR is missing.
+    """
+    plain = [word for word in words if not word.startswith("-")]
+    texts = [after for word, after in pairwise(words) if word == "-o"]
+    places = [word for word in plain if word not in texts]
+    if len(places) != 2:
+        raise errors.UsageError("write: mount -t fuse.cbtfs POOL DIR [-o OPTS]")
+    known = [option for text in texts for option in text.split(",")]
+    ours = [option for option in known if option.startswith(("config=", "store="))]
+    rest = [option for option in known if option not in ours]
+    found = ["--pool", places[0]] if places[0] != "none" else []
+    for option in ours:
+        name, _, value = option.partition("=")
+        found += [f"--{name}", value]
+    return [*found, "mount", *(["-o", ",".join(rest)] if rest else []), "--", places[1]]
 
 
 def _arguments(options: Globals, mountpoint: str, text: str) -> list[str]:

@@ -107,7 +107,9 @@ def verify(
         for reference in _references(catalogue, points or []):
             result = store.verify(reference)
             name = f"{_label(catalogue, reference.history)}/{result.point.time}"
-            damaged = damaged or any(disk.damage.found for disk in result.disks)
+            damaged = damaged or result.damaged
+            for warning in result.warnings:
+                contexts.warn(f"{name}: {warning}")
             documents.append(_result_document(name, result))
             if not options.json:
                 _print_result(name, result)

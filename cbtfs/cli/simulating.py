@@ -7,9 +7,10 @@ import msgspec
 import typer
 
 from cbtfs import errors
-from cbtfs.simulator import life
+from cbtfs.simulator import faults, life
 
 from . import context as contexts, output
+from .output import Table
 
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="Where the pool lives.")]
 
@@ -54,10 +55,18 @@ def start(
 @group.command("set", epilog="Example: cbtfs sim set /tmp/pool nbd.delay=2ms nbd.drop_after=10M")
 def set_values(
     directory: Directory,
-    values: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="KEY= sets it back.")],
+    values: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="KEY= sets it back.")
+    ] = None,
 ) -> None:
-    """Make the pool awkward: delays, failures, dropped connections."""
-    life.set_values(directory, _pairs(values))
+    """Make the pool awkward: delays, failures, dropped connections. Without KEY: list all keys."""
+    if values:
+        life.set_values(directory, _pairs(values))
+        return
+    table = Table(["KEY", "KIND", "DEFAULT", "MEANING"], flexible=(3,))
+    for name, key in faults.KEYS.items():
+        table.add(name, key.kind, key.default or "-", key.meaning)
+    table.print()
 
 
 def _pairs(values: list[str]) -> Mapping[str, str]:
