@@ -162,9 +162,9 @@ def union(logs: "list[ChangeLog]") -> ChangeLog:
     return merged
 
 
-def encode(log: ChangeLog) -> str:
-    """Return a log as ``list_changed_blocks`` answers it: highest bit first, base64."""
-    return base64.b64encode(log.bitmap().translate(_REVERSED)).decode()
+def encode(log: ChangeLog) -> bytes:
+    """Return the bitmap of a log as ``list_changed_blocks`` answers it: highest bit first."""
+    return bytes(log.bitmap().translate(_REVERSED))
 
 
 def _set_bits(page: bytearray, *, first: int) -> Iterator[int]:

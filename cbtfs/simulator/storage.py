@@ -364,7 +364,7 @@ class Storage:
 
 
 def _dump_layer(layer: Layer) -> list[object]:
-    """Return [parent, uuid, size, [first chunk, count, mask, …]] with runs of equal masks joined."""
+    """Return [parent, uuid, size, [first chunk, count, mask, …]], equal masks joined."""
     runs: list[int] = []
     for chunk, mask in sorted(layer.masks.items()):
         if runs and runs[-1] == mask and runs[-3] + runs[-2] == chunk:

@@ -1,5 +1,6 @@
 """VDI: the calls on disks (xen-api, ocaml/xapi/xapi_vdi.ml, message_forwarding.ml)."""
 
+import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -283,13 +284,14 @@ def _refresh(state: State, *vdis: str) -> None:
 
 def _encode(state: State, log: ChangeLog) -> str:
     dropped = state.faults.count("cbt.drop_bits")
-    text = changelog.encode(log.without(dropped) if dropped else log)
+    bitmap = changelog.encode(log.without(dropped) if dropped else log)
     match state.faults.text("cbt.garble"):
         case "short":
-            return text[: len(text) // 8 * 4]
+            bitmap = bitmap[: len(bitmap) // 2]
         case "long":
-            return f"{text.rstrip('=')}AAAAAAAA"[: (len(text) // 4 + 2) * 4]
+            bitmap += bytes(8)
         case "base64":
-            return f"*{text[1:]}"
+            return "*" + base64.b64encode(bitmap).decode()[1:]
         case _:
-            return text
+            pass
+    return base64.b64encode(bitmap).decode()
