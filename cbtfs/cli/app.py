@@ -63,15 +63,27 @@ def options(  # noqa: PLR0913  # one parameter per option
         str | None, typer.Option(metavar="NAME|DIR", help="Where restore points are (CBTFS_STORE).")
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="Print only results and errors.")
+        bool, typer.Option("-q", "--quiet", metavar="", help="Print only results and errors.")
     ] = False,
     verbose: Annotated[
-        int, typer.Option("-v", "--verbose", count=True, help="Say more; -vv: tracebacks too.")
+        int,
+        typer.Option(
+            "-v",
+            "--verbose",
+            count=True,
+            metavar="",
+            help="Say more; -vv: tracebacks too.",
+            show_default=False,
+        ),
     ] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print one JSON document.")
+    ] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", metavar="", callback=_show_version, is_eager=True, help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """Take the global options, which come before the verb."""

@@ -42,9 +42,7 @@ def register(app: typer.Typer) -> None:
 def demo(
     directory: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[DIR]", help="Keep the files here; default: a temporary directory."
-        ),
+        typer.Argument(metavar="DIR", help="Keep the files here; default: a temporary directory."),
     ] = None,
 ) -> None:
     """Show the main job on a simulated pool: mount, copy, sync, write, sync again."""

@@ -30,7 +30,10 @@ def mount(
     mountpoint: Mountpoint,
     *,
     foreground: Annotated[
-        bool, typer.Option("-f", "--foreground", help="Stay in the foreground (for systemd).")
+        bool,
+        typer.Option(
+            "-f", "--foreground", metavar="", help="Stay in the foreground (for systemd)."
+        ),
     ] = False,
     option: Annotated[
         list[str] | None,

@@ -95,7 +95,7 @@ def verify(
     context: typer.Context,
     points: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[POINT]...", help="VM/TIME or VM/TIME/DISK; nothing: all of them."),
+        typer.Argument(metavar="POINT", help="VM/TIME or VM/TIME/DISK; nothing: all of them."),
     ] = None,
 ) -> None:
     """Compare images with their digests; exit status 4 if one is damaged."""

@@ -33,10 +33,14 @@ def start(
     directory: Directory,
     *,
     scenario: Annotated[
-        str, typer.Option(help="What a new pool holds: default, large, huge, speed, empty.")
+        str,
+        typer.Option(
+            metavar="NAME", help="What a new pool holds: default, large, huge, speed, empty."
+        ),
     ] = "default",
     foreground: Annotated[
-        bool, typer.Option("-f", "--foreground", help="Stay in the foreground until Ctrl-C.")
+        bool,
+        typer.Option("-f", "--foreground", metavar="", help="Stay in the foreground until Ctrl-C."),
     ] = False,
 ) -> None:
     """Start a pool in DIR; return when it answers. An existing one goes on where it was."""
@@ -56,7 +60,7 @@ def start(
 def set_values(
     directory: Directory,
     values: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="KEY= sets it back.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="KEY= sets it back.")
     ] = None,
 ) -> None:
     """Make the pool awkward: delays, failures, dropped connections. Without KEY: list all keys."""

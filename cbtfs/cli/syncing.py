@@ -42,7 +42,7 @@ class Run:
 def sync(  # noqa: PLR0913  # one parameter per option
     context: typer.Context,
     jobs: Annotated[
-        list[str] | None, typer.Argument(metavar="[JOB]...", help="Jobs of the configuration.")
+        list[str] | None, typer.Argument(metavar="JOB", help="Jobs of the configuration.")
     ] = None,
     *,
     vm: Annotated[
@@ -52,12 +52,16 @@ def sync(  # noqa: PLR0913  # one parameter per option
     vdi: Annotated[
         list[str] | None, typer.Option("--vdi", metavar="UUID", help="This disk by itself.")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Copy everything again.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", metavar="", help="Copy everything again.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("-n", "--dry-run", help="Only print what would be done, and why.")
+        bool,
+        typer.Option("-n", "--dry-run", metavar="", help="Only print what would be done, and why."),
     ] = False,
     json_progress: Annotated[
-        bool, typer.Option("--json-progress", help="Progress as lines of JSON on stderr.")
+        bool,
+        typer.Option("--json-progress", metavar="", help="Progress as lines of JSON on stderr."),
     ] = False,
 ) -> None:
     """Make restore points: full the first time, then only what changed."""
