@@ -113,7 +113,7 @@ def test_the_status_is_as_a_shell_has_it(
 
 
 def test_a_child_that_is_ready_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on = f'echo $$ >{tmp_path}/pid; eval "printf 1 >&$CBTFS_READY_FD"; exec sleep 60'
+    go_on = f"echo $$ >{tmp_path}/pid; printf 1 >&$CBTFS_READY_FD; exec sleep 60"
     monkeypatch.setattr(sys, "executable", program(tmp_path, go_on))
 
     assert background.start_background([]) == 0
@@ -126,7 +126,7 @@ def test_a_child_that_is_ready_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 def program(tmp_path: Path, script: str) -> str:
     path = tmp_path / "program"
-    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.write_text(f"#!/bin/bash\n{script}\n")
     path.chmod(0o700)
     return str(path)
 
