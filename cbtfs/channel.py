@@ -117,11 +117,11 @@ async def open_channel(host: str, port: int, *, cert_pem: str, subject: str) -> 
     context = tls.pin(cert_pem)
     stream = await tls.connect(host, port)
     try:
-        with tls.broken_is_oserror(peer):
+        with tls.broken_is_oserror():
             flags = await _starttls(stream, peer=peer)
         session = tls.Handshake(context, subject)
-        await session.run(stream, peer=peer)
-        _check_identity(session, cert_pem=cert_pem, subject=subject, peer=peer)
+        await _verified(session, stream, cert_pem=cert_pem, peer=peer)
+        _check_subject(session, subject, peer=peer)
         return Channel(stream, session, flags=flags)
     except BaseException:
         with trio.CancelScope(shield=True):
@@ -131,13 +131,13 @@ async def open_channel(host: str, port: int, *, cert_pem: str, subject: str) -> 
 
 async def _starttls(stream: trio.SocketStream, *, peer: str) -> int:
     """Ask for TLS; return the handshake flags agreed on before it."""
-    magic, style, offered = _GREETING.unpack(await _exactly(stream, _GREETING.size, peer=peer))
+    magic, style, offered = _GREETING.unpack(await _exactly(stream, _GREETING.size))
     if magic != _NBDMAGIC or style != _IHAVEOPT or not offered & _FIXED_NEWSTYLE:
         raise errors.AuthenticationFailed(f"{peer} does not offer NBD with TLS; {_ASK_ADMIN}")
     flags = int(offered) & (_FIXED_NEWSTYLE | _NO_ZEROES)
 
     await stream.send_all(struct.pack(">I", flags) + _OPTION.pack(_IHAVEOPT, _STARTTLS, 0))
-    reply = _REPLY.unpack(await _exactly(stream, _REPLY.size, peer=peer))
+    reply = _REPLY.unpack(await _exactly(stream, _REPLY.size))
 
     # anything but a bare ACK is a refusal; what follows the ACK is read by TLS alone, so bytes
     # slipped in before the handshake make it fail
@@ -152,26 +152,41 @@ _ASK_ADMIN = (
 )
 
 
-async def _exactly(stream: trio.SocketStream, length: int, *, peer: str) -> bytes:
+async def _exactly(stream: trio.SocketStream, length: int) -> bytes:
     told = b""
     while len(told) < length:
         part = await stream.receive_some(length - len(told))
         if not part:
-            raise ConnectionAbortedError(f"{peer} hung up before TLS")
+            raise ConnectionAbortedError("hung up before TLS")
         told += part
     return told
 
 
-def _check_identity(session: tls.Handshake, *, cert_pem: str, subject: str, peer: str) -> None:
-    """Raise unless the peer showed that very certificate, and it carries ``subject``."""
-    if session.certificate() != ssl.PEM_cert_to_DER_cert(tls.first(cert_pem)):
-        raise errors.AuthenticationFailed(
-            f"{peer} shows another certificate than the pool says it has; if it was renewed, "
-            "restart xapi-nbd on that host"
-        )
+async def _verified(
+    session: tls.Handshake, stream: trio.SocketStream, *, cert_pem: str, peer: str
+) -> None:
+    """Shake hands; raise unless the peer then has shown that very certificate."""
+    why = "it is another one"
+    try:
+        await session.run(stream, peer=peer)
+    except errors.AuthenticationFailed as exc:
+        if not isinstance(exc.__cause__, ssl.SSLCertVerificationError):
+            raise
+        why = exc.__cause__.verify_message
+    else:
+        # an anchor that is a CA would also let through what it signed
+        if session.certificate() == ssl.PEM_cert_to_DER_cert(tls.first(cert_pem)):
+            return
+    raise errors.AuthenticationFailed(
+        f"{peer} does not show the certificate that the pool says it has ({why}): it is an "
+        "impostor, or the certificate was renewed; then restart xapi-nbd on that host"
+    )
+
+
+def _check_subject(session: tls.Handshake, subject: str, *, peer: str) -> None:
     if not _names(session.tls.getpeercert() or {}, subject):
         raise errors.AuthenticationFailed(
-            f"the certificate of {peer} is not for {subject}, as the pool says it is"
+            f"the certificate of {peer} is not for {subject!r}, as the pool says it is"
         )
 
 

@@ -149,7 +149,9 @@ class Exports:
                     logger.info("%s", exc)
                     last = exc
                     self._failed[self._key(address)] = trio.current_time()
-        raise errors.ExportLost(f"{last or 'no host answers'}{await self._full(address)}") from last
+        raise errors.ExportLost(
+            f"{last or 'no host answers'}; {await self._advice(address)}"
+        ) from last
 
     async def _try(self, address: NbdAddress, stack: AsyncExitStack) -> Export:
         async with AsyncExitStack() as attempt:
@@ -219,14 +221,13 @@ class Exports:
             " give its interface (PIF) there an address, and plug it"
         )
 
-    async def _full(self, address: NbdAddress | None) -> str:
+    async def _advice(self, address: NbdAddress | None) -> str:
         """Return what may explain a connection that was closed without a word."""
         host = self._hosts.get(address.host) if address else None
-        if host is None:
-            return ""
-        with suppress(errors.PoolError):
-            dom0 = await self._session.fetch("host.get_control_domain", host, type=str)
-            used = len(await self._session.fetch("VM.get_VBDs", dom0, type=list[str]))
-            if used >= PLACES:
-                return f"; the host has {used} disks attached, and serves {PLACES} over NBD at most"
-        return ""
+        if host is not None:
+            with suppress(errors.PoolError):
+                dom0 = await self._session.fetch("host.get_control_domain", host, type=str)
+                used = len(await self._session.fetch("VM.get_VBDs", dom0, type=list[str]))
+                if used >= PLACES:
+                    return f"it has {used} disks attached, and serves {PLACES} over NBD at most"
+        return "what xapi-nbd wrote to that host's log says why"

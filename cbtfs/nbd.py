@@ -253,9 +253,10 @@ class Export:
         except libnbd.Error as exc:
             raise errors.ExportLost(f"{self.address}: {self._told(exc)}") from None
         await self._ready.wait()
-        if self.lost:
-            kind = errors.ExportError if self._refused else errors.ExportLost
-            raise kind(self.lost)
+        if self._refused:
+            raise errors.ExportError(self.lost)
+        if self.lost:  # all that xapi-nbd does to refuse
+            raise errors.ExportLost(f"{self.address} hung up without exporting the disk")
         self.size = self._handle.get_size()
 
     async def drive(self) -> None:

@@ -115,7 +115,7 @@ class Peers:
         told = tls.fingerprint(shown)
         if told not in self._fingerprints and not (learned and told == tls.fingerprint(learned)):
             raise errors.AuthenticationFailed(
-                self._refusal(host, shown, "differs from fingerprint")
+                self._refusal(host, shown, "is not the configured one")
             )
         return tls.pin(shown)
 

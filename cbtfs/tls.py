@@ -179,12 +179,12 @@ class Handshake:
             AuthenticationFailed: the certificate is not accepted, or the peer does not do TLS.
             OSError: the connection was closed.
         """
-        with broken_is_oserror(peer):
+        with broken_is_oserror():
             while not self._step(peer):
                 await stream.send_all(self.outgoing.read())
                 data = await stream.receive_some(64 * KiB)
                 if not data:
-                    raise ConnectionAbortedError(f"{peer} hung up in the TLS handshake")
+                    raise ConnectionAbortedError("hung up in the TLS handshake")
                 self.incoming.write(data)
             await stream.send_all(self.outgoing.read())
 
@@ -211,12 +211,12 @@ def _sni(name: str) -> str | None:
 
 
 @contextmanager
-def broken_is_oserror(peer: str) -> Generator[None]:
-    """Turn trio's word for a broken connection to ``peer`` back into the OSError it was."""
+def broken_is_oserror() -> Generator[None]:
+    """Turn trio's word for a broken connection back into the OSError it was."""
     try:
         yield
     except trio.BrokenResourceError as exc:
-        raise ConnectionResetError(f"{peer} hung up") from exc
+        raise ConnectionResetError("hung up") from exc
 
 
 def explain(exc: OSError) -> str:

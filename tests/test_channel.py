@@ -46,7 +46,7 @@ async def test_an_impostor_hears_nothing(own: Certificate) -> None:
     host = NbdHost(certificate("xcp1.test", "10.0.0.1", serial=2))
 
     async with nbd_host(host, cert_pem=own.pem) as address:
-        with pytest.raises(errors.AuthenticationFailed, match=r"127\.0\.0\.1:\d+ shows"):
+        with pytest.raises(errors.AuthenticationFailed, match=r"127\.0\.0\.1:\d+ does not show"):
             await opened(address)
 
     assert host.heard == b""
