@@ -6,6 +6,8 @@ import json
 import socket
 import ssl
 import subprocess
+import time
+import xmlrpc.client
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +123,36 @@ def test_a_reset_connection_is_reset(pool: RunningPool) -> None:
     with socket.create_connection(("127.0.0.2", pool.https_port), timeout=10) as connection:
         with pytest.raises(ConnectionResetError):
             context.wrap_socket(connection, server_hostname="127.0.0.2")
+
+
+def test_a_silent_host_answers_when_the_fault_ends(pool: RunningPool) -> None:
+    pool.set("http.silent", "xcp1")
+    context = ssl.create_default_context(cafile=str(pool.ca_file))
+    with socket.create_connection(("127.0.0.2", pool.https_port), timeout=0.3) as connection:
+        with pytest.raises(TimeoutError):
+            context.wrap_socket(connection, server_hostname="127.0.0.2")
+    pool.set("http.silent", "")
+
+    assert Api(pool).login().session
+
+
+def test_any_http_status_can_be_ordered(pool: RunningPool) -> None:
+    pool.set("http.status", "503")
+
+    with pytest.raises(xmlrpc.client.ProtocolError) as failure:
+        Api(pool).login()
+
+    assert failure.value.errcode == 503
+
+
+def test_reads_can_be_delayed(pool: RunningPool) -> None:
+    pool.set("nbd.delay", "150ms")
+    with opened(pool, Api(pool).login()) as client:
+        before = time.monotonic()
+        client.read(0, 4096)
+
+        assert time.monotonic() - before >= 0.15
+        client.disconnect()
 
 
 def test_a_counter_tells_how_many_connections_there_were(pool: RunningPool) -> None:

@@ -84,6 +84,14 @@ def test_an_unknown_scenario_is_refused_before_anything(tmp_path: Path) -> None:
     assert not (tmp_path / "pool").exists()
 
 
+def test_another_scenario_is_refused_where_a_pool_lives(tmp_path: Path) -> None:
+    with running_pool(tmp_path / "pool", "empty"):
+        pass
+
+    with pytest.raises(errors.UsageError, match="scenario empty already"):
+        simulator.start(tmp_path / "pool", scenario="huge")
+
+
 def test_a_start_that_fails_leaves_no_process(tmp_path: Path) -> None:
     directory = tmp_path / "pool"
     directory.mkdir()

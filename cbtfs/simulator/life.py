@@ -42,11 +42,11 @@ def start(
         address: of the first host; the others follow it.
 
     Raises:
-        UsageError: a pool runs there already, or there is no such scenario.
+        UsageError: a pool runs there already, or there is no such scenario, or another there.
         CbtfsError: it did not start; no process is left.
     """
     place = Path(directory).absolute()
-    scenarios.check(scenario)
+    server.check_scenario(place, scenario)
     place.mkdir(parents=True, exist_ok=True)
     if is_running(place):
         raise errors.UsageError(f"a simulated pool runs in {place} already")

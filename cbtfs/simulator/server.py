@@ -13,6 +13,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,8 @@ PASSWORD = "simulated"
 DOMAIN = "sim"
 
 _TICK = 0.02
-"""How often the pool is looked at for changes, in seconds; the next two count these."""
-_AUTOSAVE = 250
-_WATCH = 50
+_AUTOSAVE = 5.0
+_WATCH = 1.0
 _PATIENCE = 0.5
 """How long a dead host waits for its threads in seconds; one may be in a delay that was ordered."""
 _NBD_BACKLOG = 5
@@ -223,20 +223,47 @@ class Simulator:
 
     def _keep(self) -> None:
         """Follow the pool's changes: guests' sockets at once, the state file soon."""
-        seen = saved = self._pool.generation()
-        ticks = 0
+        chores = (
+            _Chore(self._refresh, pause=_TICK),
+            _Chore(self._pool.save, pause=_AUTOSAVE),
+        )
+        watched = 0.0
         while not self.stopping.wait(_TICK):
-            ticks += 1
-            now = self._pool.generation()
-            if now != seen:
-                seen = now
-                self._refresh()
-            if ticks % _AUTOSAVE == 0 and now != saved:
-                saved = now
-                self._pool.save()
-            if ticks % _WATCH == 0 and not (self._directory / controlsocket.NAME).exists():
-                log.warning("the directory is gone: ending")
-                self.stopping.set()
+            now = time.monotonic()
+            for chore in chores:
+                chore.run(now, self._pool.generation())
+            if now - watched > _WATCH:
+                watched = now
+                if not (self._directory / controlsocket.NAME).exists():
+                    log.warning("the directory is gone: ending")
+                    self.stopping.set()
+
+
+class _Chore:
+    """Something to do after changes, with pauses between; a long one pauses longer.
+
+    Args:
+        work: called without arguments.
+        pause: the shortest pause in seconds; also at least ten times what ``work`` took.
+    """
+
+    def __init__(self, work: Callable[[], object], *, pause: float) -> None:
+        self._work = work
+        self._pause = pause
+        self._due = 0.0
+        self._seen = -1
+
+    def run(self, now: float, generation: int) -> None:
+        """Do it if there is a new ``generation`` and the pause is over."""
+        if generation == self._seen or now < self._due:
+            return
+        self._seen = generation
+        try:
+            self._work()
+        except OSError as exc:  # a full or a vanished directory must not end the keeper
+            log.warning("%s: %s", self._work, exc)
+        took = time.monotonic() - now
+        self._due = now + took + max(self._pause, 10 * took)
 
 
 def open_simulator(
@@ -254,6 +281,7 @@ def open_simulator(
     Raises:
         CbtfsError: a tool is missing, a port is taken, the state is damaged.
     """
+    check_scenario(directory, scenario)
     (directory / "hosts").mkdir(parents=True, exist_ok=True)
     known = _remembered(directory)
     pool = SimulatedPool(directory, faults=Faults())
@@ -268,6 +296,20 @@ def open_simulator(
     memory = _Memory(scenario, simulator.ports.https, simulator.ports.nbd)
     (directory / "server.json").write_bytes(msgspec.json.encode(memory))
     return simulator
+
+
+def check_scenario(directory: Path, scenario: str) -> None:
+    """Check that a pool can be started with ``scenario``; ``default`` fits what is there already.
+
+    Raises:
+        UsageError: no such scenario, or the directory holds another.
+    """
+    scenarios.check(scenario)
+    known = _remembered(directory).scenario
+    if known and scenario not in {known, "default"}:
+        raise errors.UsageError(
+            f"{directory} holds a pool of the scenario {known} already; choose another directory"
+        )
 
 
 class _Memory(msgspec.Struct):
