@@ -367,7 +367,7 @@ def test_counters_count_calls(small: SmallPool) -> None:
 
 
 def test_calls_run_in_parallel(small: SmallPool) -> None:
-    small.pool.faults.set("xapi.delay", "VDI.get_uuid:0.2")
+    small.pool.faults.set("xapi.delay", "VDI.get_uuid:0.4")
     before = time.monotonic()
     threads = [
         threading.Thread(target=small.client.call, args=("VDI.get_uuid", small.root))
@@ -378,4 +378,4 @@ def test_calls_run_in_parallel(small: SmallPool) -> None:
     for thread in threads:
         thread.join()
 
-    assert time.monotonic() - before < 1.2
+    assert time.monotonic() - before < 2.5

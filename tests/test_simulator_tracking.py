@@ -172,6 +172,15 @@ def test_disable_and_enable_break_the_chain_though_both_ends_say_enabled(small: 
     expect(small, before, after, "SR_BACKEND_FAILURE_460", UNRELATED)
 
 
+def test_nothing_older_reaches_a_live_disk_tracked_anew(small: SmallPool) -> None:
+    before = small.snapshot(small.idle_disk)
+    small.write(small.idle_disk, 5)
+    small.client.call("VDI.disable_cbt", small.idle_disk)
+    small.client.call("VDI.enable_cbt", small.idle_disk)
+
+    expect(small, before, small.idle_disk, "SR_BACKEND_FAILURE_460", UNRELATED)
+
+
 def test_snapshots_keep_their_logs_when_tracking_goes_off(small: SmallPool) -> None:
     first = small.snapshot(small.root)
     small.write(small.root, 7)

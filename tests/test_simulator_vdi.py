@@ -434,7 +434,7 @@ def test_an_open_export_of_a_halted_vms_disk_blocks_its_start_elsewhere(small: S
 
 def test_two_plugs_of_a_vdi_at_a_time_race(small: SmallPool) -> None:
     taken = small.snapshot(small.root)
-    small.pool.faults.set("nbd.attach_delay", "0.3")
+    small.pool.faults.set("nbd.attach_delay", "1")
     opened: list[bool] = []
 
     def connect() -> None:
@@ -444,7 +444,7 @@ def test_two_plugs_of_a_vdi_at_a_time_race(small: SmallPool) -> None:
     thread = threading.Thread(target=connect)
     thread.start()
     deadline = time.monotonic() + 5
-    while not small.client.call("VDI.get_VBDs", taken):
+    while not small.pool.plugging[taken]:
         assert time.monotonic() < deadline
     with pytest.raises(SimError, match="VDI_IN_USE"):
         small.pool.open_export(small.host2, small.export(taken))

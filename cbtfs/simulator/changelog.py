@@ -12,13 +12,24 @@ What changed from 1 to 2 is therefore the log of 2; from 1 to live, those of 2 a
 """
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import TypedDict
 
 BLOCK = 64 << 10
 """Bytes that one bit stands for."""
 
 _PAGE = 4096  # bytes of a bitmap kept together: 2 GiB of disk
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+class LogDump(TypedDict):
+    """A log in ``state.json``; pages are base64."""
+
+    size: int
+    parent: str
+    child: str
+    consistent: bool
+    pages: dict[str, str]
 
 
 class ChangeLog:
@@ -121,7 +132,7 @@ class ChangeLog:
             self.pages = {number: bytearray(page) for number, page in self._on_disk.items()}
             self._on_disk = None
 
-    def dump(self) -> dict[str, object]:
+    def dump(self) -> LogDump:
         """Return the log as JSON can hold it."""
         pages = {str(n): base64.b64encode(p).decode() for n, p in self.pages.items() if any(p)}
         return {
@@ -133,14 +144,12 @@ class ChangeLog:
         }
 
     @classmethod
-    def restore(cls, dump: Mapping[str, object]) -> "ChangeLog":
+    def restore(cls, dump: LogDump) -> "ChangeLog":
         """Return the log that ``dump`` gave."""
-        self = cls(int(str(dump["size"])))
-        self.parent, self.child = str(dump["parent"]), str(dump["child"])
-        self.consistent = bool(dump["consistent"])
-        pages = dump["pages"]
-        if isinstance(pages, dict):
-            self.pages = {int(n): bytearray(base64.b64decode(p)) for n, p in pages.items()}
+        self = cls(dump["size"])
+        self.parent, self.child = dump["parent"], dump["child"]
+        self.consistent = dump["consistent"]
+        self.pages = {int(n): bytearray(base64.b64decode(p)) for n, p in dump["pages"].items()}
         return self
 
     def _blocks(self) -> Iterator[int]:

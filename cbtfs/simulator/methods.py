@@ -35,7 +35,7 @@ class Call:
     method: str
     host: str
     session: str
-    arguments: dict[str, Value] = field(default_factory=dict)
+    arguments: dict[str, Value] = field(default_factory=dict[str, Value])
     cancelled: threading.Event | None = None
 
     def given(self, name: str) -> bool:

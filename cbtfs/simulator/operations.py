@@ -6,7 +6,7 @@ hours, so the call just takes long (xen-api, ocaml/xapi/helpers.ml, xapi_sr_oper
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from .failures import SimError
@@ -49,7 +49,7 @@ def locked(
     *,
     vdi: str = "",
     cancelled: threading.Event | None = None,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Hold an SR's lock for ``operation`` (``vdi_snapshot``), waiting as long as it takes."""
     state.sleep(state.faults.remaining("sr.lock"), cancelled=cancelled)
     with state.lock:
@@ -135,7 +135,7 @@ def allowed_on_sr(state: State, sr: str) -> list[Value]:
 
 
 @contextmanager
-def _announced(state: State, sr: str, operation: str, *, vdi: str) -> Iterator[None]:
+def _announced(state: State, sr: str, operation: str, *, vdi: str) -> Generator[None]:
     """Show an operation in the records: nothing else is allowed on the SR meanwhile."""
     key = new_ref()
     with state.lock:

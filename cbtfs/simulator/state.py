@@ -11,12 +11,13 @@ import uuid as uuids
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, cast
 
 from .database import Database
 from .failures import SimError
 from .faults import Faults
-from .storage import Storage
-from .values import NULL, Timestamp
+from .storage import Storage, StorageDump
+from .values import NULL, Record, Timestamp
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ class Certificate:
 
     pem: str
     subject: str
+
+
+class Saved(TypedDict):
+    """What ``state.json`` holds."""
+
+    version: int
+    clean: bool
+    database: dict[str, dict[str, Record]]
+    storage: StorageDump
+    geometry: dict[str, tuple[int, int]]
+    forgotten: dict[str, str]
 
 
 class State:
@@ -168,22 +180,20 @@ class State:
         """Write ``state.json``, atomically.
 
         Args:
-            clean: the pool is being closed; otherwise a later ``load`` is like the start
+            clean: the pool is being closed; otherwise a later ``restore`` is like the start
                 after a power cut.
         """
         with self.lock:
-            text = json.dumps(
-                {
-                    "version": 1,
-                    "clean": clean,
-                    "generation": self.db.generation,
-                    "database": self.db.dump(),
-                    "storage": self.storage.dump(),
-                    "geometry": {k: [g.granularity, g.sector] for k, g in self.geometry.items()},
-                }
-            )
+            saved: Saved = {
+                "version": 1,
+                "clean": clean,
+                "database": self.db.dump(),
+                "storage": self.storage.dump(),
+                "geometry": {k: (g.granularity, g.sector) for k, g in self.geometry.items()},
+                "forgotten": self.forgotten,
+            }
             scratch = self.directory / "state.json.new"
-            scratch.write_text(text, encoding="utf-8")
+            scratch.write_text(json.dumps(saved), encoding="ascii")
             scratch.replace(self.directory / "state.json")
             self.storage.empty_trash()
 
@@ -192,12 +202,13 @@ class State:
         path = self.directory / "state.json"
         if not path.exists():
             return None
+        saved = cast(Saved, json.loads(path.read_text(encoding="ascii")))
         with self.lock:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            self.db.restore(state["database"])
-            self.storage.restore(state["storage"])
-            self.geometry = {k: Geometry(*pair) for k, pair in state["geometry"].items()}
-            return bool(state["clean"])
+            self.db.restore(saved["database"])
+            self.storage.restore(saved["storage"])
+            self.geometry = {k: Geometry(*pair) for k, pair in saved["geometry"].items()}
+            self.forgotten = saved["forgotten"]
+        return saved["clean"]
 
 
 def new_uuid() -> str:

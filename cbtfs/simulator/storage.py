@@ -15,12 +15,12 @@ does is in sm, drivers/VDI.py (``_cbt_snapshot``, ``delete``, ``list_changed_blo
 
 import threading
 import uuid as uuids
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 from . import changelog, failures, layers
-from .changelog import ChangeLog
+from .changelog import ChangeLog, LogDump
 from .disk import Disk
 from .failures import SimError
 from .layers import Layer
@@ -30,12 +30,20 @@ LONGEST_CHAIN = 30
 """Layers of a disk; one more snapshot is refused (sm, drivers/vhdutil.py)."""
 
 
+class StorageDump(TypedDict):
+    """The storage in ``state.json``: layers by name, disks by uuid, logs by uuid."""
+
+    layers: dict[str, tuple[str, str, int, list[int]]]
+    disks: dict[str, tuple[int, int, str]]
+    logs: dict[str, LogDump]
+
+
 @dataclass
 class Rearranged:
     """What happened to the hidden VDIs: uuids whose parent is another now, and uuids gone."""
 
-    moved: set[str] = field(default_factory=set)
-    gone: set[str] = field(default_factory=set)
+    moved: set[str] = field(default_factory=set[str])
+    gone: set[str] = field(default_factory=set[str])
 
 
 class Storage:
@@ -213,40 +221,37 @@ class Storage:
 
     # ── keeping it ───────────────────────────────────────────────────────────────────────
 
-    def dump(self) -> dict[str, object]:
+    def dump(self) -> StorageDump:
         """Return layers, disks and logs as JSON can hold them."""
         with self._lock:
             known = {layer for disk in self.disks.values() for layer in disk.chain()}
             known |= set(self.hidden.values())
-            disks = {}
+            disks: dict[str, tuple[int, int, str]] = {}
             for uuid, disk in self.disks.items():
                 with disk.lock:
                     leaf = disk.leaf.name if disk.leaf is not None else ""
-                    disks[uuid] = [disk.size, disk.sector, leaf]
+                    disks[uuid] = (disk.size, disk.sector, leaf)
             return {
                 "layers": {layer.name: _dump_layer(layer) for layer in known},
                 "disks": disks,
                 "logs": {uuid: log.dump() for uuid, log in self.logs.items()},
             }
 
-    def restore(self, dump: Mapping[str, object]) -> None:
+    def restore(self, dump: StorageDump) -> None:
         """Become what ``dump`` gave; files of no layer are removed."""
-        rows = _table(dump["layers"])
-        made = {name: Layer(self.directory, name) for name in rows}
-        for name, (parent, uuid, size, runs) in rows.items():
-            made[name].link(made.get(str(parent)))
-            made[name].uuid, made[name].size = str(uuid), int(str(size))
+        made = {name: Layer(self.directory, name) for name in dump["layers"]}
+        for name, (parent, uuid, size, runs) in dump["layers"].items():
+            made[name].link(made.get(parent))
+            made[name].uuid, made[name].size = uuid, size
             made[name].masks = _masks(runs)
         self.hidden = {layer.uuid: layer for layer in made.values() if layer.uuid}
-        for uuid, row in _table(dump["disks"]).items():
-            size, sector, leaf = row
-            disk = Disk(uuid, size=int(str(size)), sector=int(str(sector)), leaf=None)
+        for uuid, (size, sector, leaf) in dump["disks"].items():
+            disk = Disk(uuid, size=size, sector=sector, leaf=None)
             self.disks[uuid] = disk
             if leaf:
-                self._stack(disk, made[str(leaf)])
-        logs = dump["logs"]
-        for uuid, log in logs.items() if isinstance(logs, dict) else ():
-            self._put_log(str(uuid), ChangeLog.restore(log))
+                self._stack(disk, made[leaf])
+        for uuid, log in dump["logs"].items():
+            self._put_log(uuid, ChangeLog.restore(log))
         for path in self.directory.glob("*.raw"):
             if path.name.partition(".")[0] not in made:
                 path.unlink()
@@ -363,24 +368,20 @@ class Storage:
                 self._stack(disk, child)
 
 
-def _dump_layer(layer: Layer) -> list[object]:
-    """Return [parent, uuid, size, [first chunk, count, mask, …]], equal masks joined."""
+def _dump_layer(layer: Layer) -> tuple[str, str, int, list[int]]:
+    """Return (parent, uuid, size, [first chunk, count, mask, …]), equal masks joined."""
     runs: list[int] = []
     for chunk, mask in sorted(layer.masks.items()):
         if runs and runs[-1] == mask and runs[-3] + runs[-2] == chunk:
             runs[-2] += 1
         else:
             runs += [chunk, 1, mask]
-    return [layer.parent.name if layer.parent is not None else "", layer.uuid, layer.size, runs]
+    parent = layer.parent.name if layer.parent is not None else ""
+    return parent, layer.uuid, layer.size, runs
 
 
-def _masks(runs: object) -> dict[int, int]:
+def _masks(runs: list[int]) -> dict[int, int]:
     found: dict[int, int] = {}
-    numbers = runs if isinstance(runs, list) else []
-    for first, count, mask in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+    for first, count, mask in zip(runs[::3], runs[1::3], runs[2::3], strict=True):
         found.update(dict.fromkeys(range(first, first + count), mask))
     return found
-
-
-def _table(value: object) -> dict[str, list[object]]:
-    return value if isinstance(value, dict) else {}

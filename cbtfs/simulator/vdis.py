@@ -1,7 +1,7 @@
 """VDI: the calls on disks (xen-api, ocaml/xapi/xapi_vdi.ml, message_forwarding.ml)."""
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from . import attachments, changelog, nbdinfo, operations, volumes
@@ -258,7 +258,7 @@ def take_over(state: State, old: str, new: str) -> None:
 
 
 @contextmanager
-def exclusive(call: Call, vdi: str, operation: str) -> Iterator[None]:
+def exclusive(call: Call, vdi: str, operation: str) -> Generator[None]:
     """Hold the lock of a VDI's SR for an operation that may be done now.
 
     Raises:

@@ -185,7 +185,7 @@ def expect(state: State, vm: str, expected: str, *states: str) -> None:
 
 
 def _hosts_for(state: State, vm: str) -> list[str]:
-    srs = set()
+    srs: set[str] = set()
     for vbd in state.db.refs("VM", vm, "VBDs"):
         vdi = state.db.text("VBD", vbd, "VDI")
         if known(vdi):

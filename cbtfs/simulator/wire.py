@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import cast
 from xml.parsers.expat import ExpatError
 from xmlrpc import client as xmlrpc
 
@@ -90,16 +91,21 @@ def _decode_xml(body: bytes) -> Request:
 
 def _decode_json(body: bytes) -> Request:
     try:
-        request = json.loads(body)
+        request = cast(object, json.loads(body))
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not JSON: {error}") from error
     if not isinstance(request, dict) or "id" not in request:
         raise Malformed("Malformed_method_request: no id")
-    method, params = request.get("method"), request.get("params", [])
+    fields = _members(cast(dict[object, object], request))
+    method, params = fields.get("method"), fields.get("params", [])
     if not isinstance(method, str) or not isinstance(params, list):
         raise Malformed("Malformed_method_request: no method or params")
-    form = JSON_2 if request.get("jsonrpc") == "2.0" else JSON_1
-    return Request(form, method, [_value(param) for param in params], id=_value(request["id"]))
+    form = JSON_2 if fields.get("jsonrpc") == "2.0" else JSON_1
+    return Request(form, method, params, id=fields["id"])
+
+
+def _members(items: dict[object, object]) -> dict[str, Value]:
+    return {str(name): _value(part) for name, part in items.items()}
 
 
 def _value(item: object) -> Value:
@@ -110,9 +116,9 @@ def _value(item: object) -> Value:
         case None:
             return ""
         case list() | tuple():
-            return [_value(part) for part in item]
+            return [_value(part) for part in cast(list[object], item)]
         case dict():
-            return {str(name): _value(part) for name, part in item.items()}
+            return _members(cast(dict[object, object], item))
         case xmlrpc.DateTime():
             return Timestamp(item.value)
         case _:
