@@ -198,9 +198,9 @@ class Export:
 
     def _notice_end(self) -> None:
         """Wake the pump if the call just made ended the connection."""
-        self._settle()
         if self._handle.aio_is_dead() or self._handle.aio_is_closed():
-            self._abort()
+            self._lose("the host ended the connection")
+        self._settle()
 
     async def _answered(self, request: _Request) -> None:
         while not request.done.is_set():
