@@ -263,6 +263,13 @@ def test_rbac_refusal_is_403(pool: RunningPool, api: Api) -> None:
     ]  # fmt: skip
 
 
+def test_an_unknown_task_is_500(pool: RunningPool, api: Api) -> None:
+    vdi = api.named("VDI", "odd size")
+    target = f"/export_raw_vdi?vdi={vdi}&session_id={api.session}&task_id=OpaqueRef:none"
+
+    assert get(pool, target)[0] == 500
+
+
 # ── export of disks ──────────────────────────────────────────────────────────────────────
 
 
@@ -335,6 +342,7 @@ def test_a_host_without_the_sr_redirects(pool: RunningPool, api: Api) -> None:
     status, headers, _ = get(pool, target, host=1)
 
     assert status == 302
+    assert not any(record["status"] == "pending" for record in api.records("task").values())
     assert headers["Location"] == f"https://127.0.0.2:{pool.https_port}{target}"
 
 

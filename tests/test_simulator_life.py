@@ -1,10 +1,13 @@
 """Start, stop and steer a simulated pool: nothing is left behind, state survives."""
 
+import contextlib
+import http.client
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -181,6 +184,35 @@ def test_an_unknown_command_is_refused(tmp_path: Path) -> None:
     with running_pool(tmp_path / "pool", "empty") as pool:
         with pytest.raises(errors.CbtfsError):
             pool.control("no-such-command")
+
+
+def test_stop_does_not_wait_for_what_waits(tmp_path: Path) -> None:
+    with running_pool(tmp_path / "pool", "huge") as pool:
+        api = Api(pool).login()
+        pool.set("nbd.silent", "*")
+        pool.set("xapi.delay", "VDI.get_all_records:100")
+        silent = [socket.create_connection(("127.0.0.12", pool.nbd_port)) for _ in range(10)]
+        slow = threading.Thread(target=call_until_closed, args=(api, "VDI.get_all_records"))
+        waiting = threading.Thread(
+            target=call_until_closed, args=(api, "event.from", ["vm"], "", 100.0)
+        )
+        for thread in (slow, waiting):
+            thread.start()
+        before = time.monotonic()
+        simulator.stop(pool.directory)
+        took = time.monotonic() - before
+        for thread in (slow, waiting):
+            thread.join()
+        for connection in silent:
+            connection.close()
+
+    assert took < 5
+
+
+def call_until_closed(api: Api, method: str, *params: object) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException, Failure):
+        while True:
+            api.call(method, *params)
 
 
 def test_a_removed_directory_ends_the_pool(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Handlers:
 
         def handle(request: Request, stream: Stream) -> None:
             with self._session(request) as session:
-                task = request.parameter("task_id") or self._pool.task_create(session, label)
+                task, own = self._task(request, session, label)
                 try:
                     time.sleep(self._pool.faults.delay_of(request.path[1:]))
                     self._pool.faults.check(request.path[1:])
@@ -81,7 +81,9 @@ class Handlers:
                     status = 403 if exc.code == "RBAC_PERMISSION_DENIED" else 500
                     raise HttpError(status, str(exc)) from None
                 except _Redirected:
-                    pass  # the host that the client was sent to completes its task
+                    # the host that the client was sent to completes the client's task
+                    if own:
+                        self._pool.task_finish(task)
                 except (OSError, EOFError) as exc:
                     log.info("%s: %s", request.path, exc)
                     self._pool.task_fail(task, SimError("VDI_IO_ERROR", "Device I/O errors"))
@@ -91,6 +93,17 @@ class Handlers:
                     self._pool.task_finish(task, result)
 
         return handle
+
+    def _task(self, request: Request, session: str, label: str) -> tuple[str, bool]:
+        """Return the task that the request names or a new one, and whether it is new."""
+        task = request.parameter("task_id")
+        if not task:
+            return self._pool.task_create(session, label), True
+        try:
+            self._pool.db.record("task", task)
+        except SimError as exc:
+            raise HttpError(500, str(exc)) from None
+        return task, False
 
     @contextlib.contextmanager
     def _session(self, request: Request) -> Generator[str]:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,10 @@ class Listener:
                 wake.shutdown(socket.SHUT_RDWR)
         self._thread.join(patience)
         self._listening.close()
+        deadline = time.monotonic() + patience
         for thread in busy.values():
             if thread is not threading.current_thread():
-                thread.join(patience)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def drop_connections(self) -> int:
         """Cut every open connection as a crash of the server would; return how many."""

@@ -131,6 +131,9 @@ class Simulator:
     def close(self) -> None:
         """Cut everything, save the state; safe to call twice."""
         self.stopping.set()
+        self._pool.closing.set()  # calls that wait give up, so that their threads can end
+        with self._pool.lock:
+            self._pool.db.changed.notify_all()
         self._closing.close()
         self._pool.close()
 
