@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import trio
+import trustme
 
 from cbtfs import channel, errors
 from cbtfs.nbd import NbdAddress
@@ -47,6 +48,19 @@ async def test_an_impostor_hears_nothing(own: Certificate) -> None:
 
     async with nbd_host(host, cert_pem=own.pem) as address:
         with pytest.raises(errors.AuthenticationFailed, match=r"127\.0\.0\.1:\d+ does not show"):
+            await opened(address)
+
+    assert host.heard == b""
+
+
+async def test_what_a_pinned_authority_signed_is_not_the_pinned_certificate() -> None:
+    authority = trustme.CA()
+    leaf = authority.issue_cert("xcp1.test")
+    shown = Certificate(leaf.cert_chain_pems[0].bytes().decode(), leaf.private_key_pem.bytes())
+    host = NbdHost(shown)
+
+    async with nbd_host(host, cert_pem=authority.cert_pem.bytes().decode()) as address:
+        with pytest.raises(errors.AuthenticationFailed, match="another one"):
             await opened(address)
 
     assert host.heard == b""
