@@ -305,22 +305,38 @@ def test_vhd_export_holds_the_same_bytes(pool: RunningPool, api: Api, tmp_path: 
     assert (tmp_path / "disk.raw").read_bytes() == raw
 
 
-def test_vhd_delta_holds_what_the_base_does_not(pool: RunningPool, api: Api) -> None:
+def apply_vhd(delta: bytes, base: bytes) -> bytes:
+    """Return ``base`` with the sectors that a differencing VHD holds put over it."""
+    disk = bytearray(base)
+    (table,) = struct.unpack_from(">Q", delta, 512 + 16)
+    (count,) = struct.unpack_from(">I", delta, 512 + 28)
+    for number, sector in enumerate(struct.unpack_from(f">{count}I", delta, table)):
+        if sector == 0xFFFFFFFF:
+            continue
+        bitmap = delta[sector * 512 : (sector + 1) * 512]
+        for place in (n for n in range(4096) if bitmap[n // 8] & (0x80 >> n % 8)):
+            held = (sector + 1 + place) * 512
+            at = number * 2 * MiB + place * 512
+            disk[at : at + 512] = delta[held : held + 512]
+    return bytes(disk)
+
+
+def test_a_vhd_delta_over_its_base_is_the_newer_disk(pool: RunningPool, api: Api) -> None:
     base = old_snapshot(api)
     newer = next(
         ref
         for ref, record in api.records("VDI").items()
         if record["name_label"] == "web1 root" and record["is_a_snapshot"] and ref != base
     )
-    whole, delta = (
-        get(pool, f"/export_raw_vdi?vdi={newer}&format=vhd{extra}&session_id={api.session}")[2]
-        for extra in ("", f"&base={base}")
-    )
+    target = f"/export_raw_vdi?session_id={api.session}&vdi="
 
-    assert len(delta) < len(whole)
+    delta = get(pool, f"{target}{newer}&format=vhd&base={base}")[2]
+
     assert struct.unpack_from(">I", delta, 60)[0] == 4  # differencing
     uuid = api.text("VDI.get_uuid", base)
     assert delta[512 + 40 : 512 + 56].hex() == uuid.replace("-", "")
+    assert len(delta) < 30 * MiB
+    assert apply_vhd(delta, get(pool, target + base)[2]) == get(pool, target + newer)[2]
 
 
 def test_unknown_format_is_404_and_on_the_task(pool: RunningPool, api: Api) -> None:
