@@ -12,7 +12,6 @@ import select
 import shutil
 import subprocess
 import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,9 @@ ANSWER_LIMIT = 10.0
 
 END_LIMIT = 180.0
 """Seconds that it gets, once unmounted, to close its connections and destroy its snapshots."""
+
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+"""What a mount answers whose process has died; the second to what was under way then."""
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
 
@@ -66,7 +68,8 @@ def check(mountpoint: Path) -> Path:
     path = mountpoint.resolve()
     mounted = find(path)
     if mounted is not None and mounted.type == TYPE:
-        state = "is mounted already" if _answers(path) else "is what a dead cbtfs left"
+        is_dead = _ask(path).error in _DEAD
+        state = "is what a dead cbtfs left" if is_dead else "is mounted already"
         raise errors.MountError(f"{path} {state}; run: cbtfs umount {path}")
     if mounted is not None:
         raise errors.MountError(f"{path} has {mounted.type} mounted on it; use another directory")
@@ -106,7 +109,7 @@ def umount(mountpoint: Path) -> None:
     if mounted is None or mounted.type != TYPE:
         what = f"{mounted.type} is mounted on it" if mounted else "nothing is mounted on it"
         raise errors.MountError(f"{path} is no cbtfs: {what}")
-    pid = _pid_behind(path)
+    pid = _ask(path).pid
     process = _open_process(pid) if pid else -1
     try:
         _unmount(path)
@@ -149,28 +152,30 @@ def _open_process(pid: int) -> int:
         return -1
 
 
-def _pid_behind(path: Path) -> int:
-    """Return the process that serves a mount, 0 if it does not say."""
-    answers: list[bytes] = []
+@dataclass(slots=True)
+class _Served:
+    """Who serves a mount: ``pid``, 0 if that is not known; ``error`` is what it said instead."""
+
+    pid: int = 0
+    error: int = 0
+
+
+def _ask(path: Path) -> _Served:
+    """Ask a mount who serves it; the kernel never answers that by itself, as it does ``stat``."""
+    served = _Served()
 
     def ask() -> None:
-        with suppress(OSError):
-            answers.append(os.getxattr(path, PID_XATTR))
+        try:
+            value = os.getxattr(path, PID_XATTR)
+            served.pid = int(value) if value.isdigit() else 0
+        except OSError as error:
+            served.error = error.errno or 0
 
     # a thread that can be left behind: of a process that hangs the answer never comes
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(ANSWER_LIMIT)
-    return int(answers[0]) if answers and answers[0].isdigit() else 0
-
-
-def _answers(path: Path) -> bool:
-    """Tell whether somebody serves the mount."""
-    try:
-        path.stat()
-    except OSError as error:
-        return error.errno != errno.ENOTCONN
-    return True
+    return served
 
 
 def _why_not(path: Path, error: OSError) -> str:

@@ -94,11 +94,11 @@ async def test_what_is_mounted_is_refused_and_says_who_serves_it(
     async with mounted(pool, memory.an_inventory(DISK), tmp_path / "mnt") as top:
         told = await trio.to_thread.run_sync(refusal, top)
         seen = mountpoint.find(top)
-        pid = await trio.to_thread.run_sync(mountpoint._pid_behind, top)
+        served = await trio.to_thread.run_sync(mountpoint._ask, top)
 
     assert told == f"{top} is mounted already; run: cbtfs umount {top}"
     assert seen == mountpoint.Mounted(str(top), "fuse.cbtfs", "cbtfs#memory")
-    assert pid == os.getpid()
+    assert served == mountpoint._Served(pid=os.getpid())
 
 
 @pytest.mark.fuse
