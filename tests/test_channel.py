@@ -54,8 +54,8 @@ async def test_an_impostor_hears_nothing(own: Certificate) -> None:
 
 
 async def test_what_a_pinned_authority_signed_is_not_the_pinned_certificate() -> None:
-    authority = trustme.CA()
-    leaf = authority.issue_cert("xcp1.test")
+    authority = trustme.CA(key_type=trustme.KeyType.RSA)
+    leaf = authority.issue_cert("xcp1.test", key_type=trustme.KeyType.RSA)
     shown = Certificate(leaf.cert_chain_pems[0].bytes().decode(), leaf.private_key_pem.bytes())
     host = NbdHost(shown)
 

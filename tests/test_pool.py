@@ -310,6 +310,41 @@ async def test_the_snapshot_that_a_dead_run_named_is_removed_with_its_disks(
     assert (set(found.vms), snapshots(found)) == before
 
 
+async def test_disks_that_somebody_else_has_stay(simulated: RunningPool, api: Api) -> None:
+    async with opened(simulated) as pool:
+        found = await pool.inventory()
+        web1, live = vm_of(found, "web1"), disk_of(found, "web1")
+        shared = next(vdi for vdi in found.detached_disks() if vdi.name == "old archive")
+        made = await pool.snapshot_vm(web1.ref, RUN)
+        after = await pool.inventory()
+        kept = after.disks_of(after.vms[made])[0].vdi
+        attach(api, made, shared.ref)
+        attach(api, web1.ref, kept.ref)
+
+        await pool.destroy_run_leftovers(web1.ref, RUN)
+        found = await pool.inventory()
+        destroy_by_hand(api, kept.ref)
+
+    assert {live.ref, shared.ref, kept.ref} <= set(found.vdis)
+
+
+def attach(api: Api, vm: str, vdi: str) -> None:
+    record = {
+        "VM": vm, "VDI": vdi, "userdevice": "7", "bootable": False, "mode": "RO", "type": "Disk",
+        "empty": False, "unpluggable": True, "other_config": {}, "qos_algorithm_type": "",
+        "qos_algorithm_params": {},
+    }  # fmt: skip
+    api.call("VBD.create", record)
+
+
+def destroy_by_hand(api: Api, vdi: str) -> None:
+    vbds = api.call("VDI.get_VBDs", vdi)
+    assert isinstance(vbds, list)
+    for vbd in vbds:
+        api.call("VBD.destroy", vbd)
+    api.call("VDI.destroy", vdi)
+
+
 async def test_only_that_vms_and_only_that_runs_snapshot_is_removed(
     simulated: RunningPool,
 ) -> None:
