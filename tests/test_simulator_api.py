@@ -227,6 +227,18 @@ def test_a_session_ends_by_logout_expiry_and_disuse(small: SmallPool) -> None:
         three.call("VM.get_all")
 
 
+def test_an_unfinished_task_keeps_its_session(small: SmallPool) -> None:
+    task = small.client.text("task.create", "long", "")
+    small.pool.faults.set("xapi.idle", "0.001")
+    time.sleep(0.002)
+    small.client.call("VM.get_all")
+
+    small.client.call("task.destroy", task)
+    time.sleep(0.002)
+    with pytest.raises(Failed, match="SESSION_INVALID"):
+        small.client.call("VM.get_all")
+
+
 def test_logging_in_again_gives_another_ref(small: SmallPool) -> None:
     before = small.client.session
 

@@ -138,7 +138,7 @@ def test_the_package_logs_in_again_unseen_and_export_names_die(
     xen.call("VM.get_all")
 
     assert xen.ref != before
-    assert "server disconnected unexpectedly" in nbdinfo(uri).stderr
+    assert nbdinfo(uri).returncode != 0
 
 
 def test_types_reach_python_as_from_a_real_pool(xen: Calls) -> None:

@@ -111,6 +111,9 @@ def _bring_up_to_date(state: State, kind: str) -> None:
     """Set fields that follow something else than calls: guests' writes, a setting."""
     if kind == "VDI":
         volumes.measure_open(state)
+    elif kind == "SR":
+        for sr in state.db.records("SR"):
+            volumes.measure_sr(state, sr)
     elif kind == "pool":
         restricted = "true" if state.faults.flag("licence.restrict_cbt") else "false"
         pool = state.db.only("pool")

@@ -119,7 +119,7 @@ def _carry_out(call: Call, called: Method) -> Value:
 def _start(call: Call, called: Method) -> str:
     """Carry out a call in a thread; return the ref of the task that tells how it went."""
     state = call.state
-    task = tasks.create(state, f"Async.{call.method}")
+    task = tasks.create(state, f"Async.{call.method}", session=call.session)
     watched = Call(
         state, call.method, call.host, call.session, call.arguments, tasks.cancellation(state, task)
     )

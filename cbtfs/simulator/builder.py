@@ -196,6 +196,7 @@ class Builder:
                     },
                 )
             pool.db.set("SR", sr, allowed_operations=operations.allowed_on_sr(pool, sr))
+            self._set_default_sr(sr)
             return sr
 
     def add_vdi(
@@ -316,6 +317,13 @@ class Builder:
         return snapshots.take_snapshot(
             call, vm, names=lambda kind: self._identity(kind, label), at=moment
         )
+
+    def _set_default_sr(self, sr: str) -> None:
+        """Make the first SR that takes disks the pool's default."""
+        db = self.pool.db
+        known_default = known(db.text("pool", db.only("pool"), "default_SR"))
+        if self.pool.plugin(sr).disks and not known_default:
+            db.set("pool", db.only("pool"), default_SR=sr)
 
     def _add(self, kind: str, label: str, values: Mapping[str, Value]) -> str:
         ref, uuid = self._identity(kind, label)

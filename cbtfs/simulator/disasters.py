@@ -1,6 +1,6 @@
 """Disasters: a master that fails, a host that dies, xapi that restarts, the power that goes."""
 
-from . import attachments, operations, vms
+from . import attachments, operations, vms, volumes
 from .state import State
 
 
@@ -47,8 +47,19 @@ def settle(state: State, *, crashed: bool) -> None:
             elif crashed and record["power_state"] == "Running":
                 vms.halt(state, vm, crashed=True)
         _forget_operations(state)
+        _remove_orphans(state)
         for sr in state.db.records("SR"):
             state.db.set("SR", sr, allowed_operations=operations.allowed_on_sr(state, sr))
+
+
+def _remove_orphans(state: State) -> None:
+    """Remove disks whose record was destroyed just before the state was saved."""
+    orphans = [u for u in state.storage.disks if not state.db.has_uuid("VDI", u)]
+    for uuid in orphans:
+        if uuid not in state.forgotten:
+            state.storage.destroy(uuid)
+    for sr in list(state.db.records("SR"))[:1]:
+        volumes.follow_chain(state, sr)
 
 
 def _forget_operations(state: State) -> None:

@@ -35,7 +35,8 @@ def logout(call: Call) -> Value:
 @method("task.create", "text label", "text description", has_async=False)
 def create(call: Call) -> Value:
     """Return a task that the caller hands to an HTTP handler, and destroys."""
-    return tasks.create(call.state, call.text("label"), description=call.text("description"))
+    about = call.text("description")
+    return tasks.create(call.state, call.text("label"), session=call.session, description=about)
 
 
 @method("task.destroy", "task self", has_async=False)
@@ -43,6 +44,7 @@ def destroy(call: Call) -> Value:
     """Remove a task."""
     with call.state.lock:
         call.state.db.destroy("task", call.text("self"))
+        call.state.owners.pop(call.text("self"), None)
     return ""
 
 

@@ -207,8 +207,7 @@ class SimulatedPool(State):
 
     def task_create(self, session: str, label: str) -> str:
         """Return the ref of a new pending task."""
-        del session  # a task is its own owner here
-        return tasks.create(self, label)
+        return tasks.create(self, label, session=session)
 
     def task_progress(self, task: str, progress: float) -> None:
         """Set how far a task is, from 0 to 1."""

@@ -64,7 +64,8 @@ def check(state: State, session: str, *, host: str = "") -> None:
     now = time.monotonic()
     with state.lock:
         idle = now - state.used.get(session, float("-inf"))
-        if idle > state.faults.duration("xapi.idle"):
+        busy = session in state.used and session in state.owners.values()
+        if idle > state.faults.duration("xapi.idle") and not busy:
             logout(state, session)
             raise SimError("SESSION_INVALID", session)
         state.used[session] = now

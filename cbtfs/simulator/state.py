@@ -106,6 +106,7 @@ class State:
         self.sr_locks: dict[str, threading.Lock] = {}
         self.forgotten: dict[str, str] = {}
         self.cancellations: dict[str, threading.Event] = {}
+        self.owners: dict[str, str] = {}
         self._counting = threading.Lock()
 
     # ── helpers ──────────────────────────────────────────────────────────────────────────

@@ -14,8 +14,8 @@ MOST_FINISHED = 200
 """Finished tasks that are kept (xen-api, ocaml/xapi/db_gc_util.ml)."""
 
 
-def create(state: State, label: str, *, description: str = "") -> str:
-    """Return the ref of a new pending task."""
+def create(state: State, label: str, *, session: str = "", description: str = "") -> str:
+    """Return the ref of a new pending task; it keeps ``session`` from ending by disuse."""
     with state.lock:
         _tidy(state)
         task = state.db.create(
@@ -34,6 +34,7 @@ def create(state: State, label: str, *, description: str = "") -> str:
             },
         )
         state.cancellations[task] = threading.Event()
+        state.owners[task] = session
         return task
 
 
@@ -86,6 +87,7 @@ def _end(
 ) -> None:
     with state.lock:
         state.cancellations.pop(task, None)
+        state.owners.pop(task, None)
         if not state.db.exists("task", task):
             return
         if state.db.text("task", task, "status") not in ("pending", "cancelling"):

@@ -149,8 +149,13 @@ def pool_migrate(call: Call) -> Value:
         expect(state, vm, "running", "Running")
         if host not in _hosts_for(state, vm):
             raise SimError("VM_REQUIRES_SR", vm, NULL)
+        before = state.db.text("VM", vm, "resident_on")
         halt(state, vm)
-    start_on_host(state, vm, host)
+    try:
+        start_on_host(state, vm, host)
+    except SimError:
+        start_on_host(state, vm, before)
+        raise
     return ""
 
 

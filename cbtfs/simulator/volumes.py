@@ -158,29 +158,34 @@ def copy(state: State, vdi: str, *, sr: str, base: str = NULL, into: str = NULL)
 
 
 def destroy(state: State, vdi: str) -> None:
-    """Remove a VDI, its contents and its unplugged VBDs; its log goes into the next newer."""
+    """Remove a VDI, its contents and its unplugged VBDs; its log goes into the next newer.
+
+    Merging layers may take long: the records are free meanwhile, the SR is locked.
+    """
     with state.lock:
         uuid, sr = state.db.text("VDI", vdi, "uuid"), state.db.text("VDI", vdi, "SR")
         for vbd in state.db.refs("VDI", vdi, "VBDs"):
             state.db.destroy("VBD", vbd)
         state.db.destroy("VDI", vdi)
-        if uuid in state.storage.disks:
-            state.storage.coalesce = state.faults.flag("sr.gc")
-            state.storage.destroy(uuid)
-            follow_chain(state, sr)
+    state.storage.coalesce = state.faults.flag("sr.gc")
+    state.storage.destroy(uuid)
+    with state.lock:
+        follow_chain(state, sr)
 
 
 def data_destroy(state: State, vdi: str) -> None:
     """Remove a snapshot's contents, keep its record and its log."""
     with state.lock:
+        uuid, sr = state.db.text("VDI", vdi, "uuid"), state.db.text("VDI", vdi, "SR")
+    state.storage.coalesce = state.faults.flag("sr.gc")
+    state.storage.data_destroy(uuid)
+    with state.lock:
         db = state.db
-        state.storage.coalesce = state.faults.flag("sr.gc")
-        state.storage.data_destroy(db.text("VDI", vdi, "uuid"))
         for vbd in db.refs("VDI", vdi, "VBDs"):
             db.destroy("VBD", vbd)
         config = db.mapping("VDI", vdi, "other_config") | {"content_id": _NO_CONTENT}
         db.set("VDI", vdi, other_config=config, physical_utilisation=_LOG_FILE)
-        follow_chain(state, db.text("VDI", vdi, "SR"))
+        follow_chain(state, sr)
         operations.refresh(state, vdi)
 
 
