@@ -115,7 +115,7 @@ def test_looking_at_a_store_makes_nothing(tmp_path: Path) -> None:
 
 
 def test_store_where_nobody_may_write_cannot_work() -> None:
-    assert doctor.store(Path("/proc/store"))[0].level == "fail"
+    assert "fail" in {finding.level for finding in doctor.store(Path("/proc/store"))}
 
 
 def test_machine_names_its_versions() -> None:
