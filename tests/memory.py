@@ -78,6 +78,7 @@ class MemoryPool:
     lost: list[str] = field(default_factory=list)
     refused: str = ""
     stuck: bool = False
+    slow: bool = False
     server: trio.Event = field(default_factory=trio.Event)
     asked: trio.Event = field(default_factory=trio.Event)
 
@@ -105,6 +106,8 @@ class MemoryPool:
 
     async def snapshot_vdi(self, vdi_ref: str, *, name: str, owner: Owned) -> str:
         await trio.lowlevel.checkpoint()
+        if self.slow:
+            await trio.sleep_forever()
         if self.refused:
             raise errors.PoolError(self.refused)
         self.taken += 1

@@ -204,6 +204,27 @@ async def test_a_refused_snapshot_fails_the_read_and_the_next_read_tries_again(
     assert await first_bytes(source) == pool.contents[LIVE.ref][:8]
 
 
+async def test_a_snapshot_that_takes_for_ever_is_given_up(
+    pool: MemoryPool, disks: Disks, autojump_clock: trio.abc.Clock
+) -> None:
+    pool.slow = True
+
+    with pytest.raises(errors.PoolError, match="took over 300 s"):
+        await first_bytes(disks.open(LIVE, size=LIVE.size))
+
+
+async def test_the_end_does_not_wait_for_ever(
+    pool: MemoryPool, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_disks(pool) as disks:
+        pool.slow = True
+        with trio.move_on_after(1):
+            await first_bytes(disks.open(LIVE, size=LIVE.size))
+        began = trio.current_time()
+
+    assert trio.current_time() - began <= 120
+
+
 @pytest.mark.parametrize(
     "vdi",
     [replace(LIVE, type="cbt_metadata"), replace(LIVE, missing=True), replace(LIVE, managed=False)],

@@ -13,8 +13,10 @@ import pyfuse3
 import pytest
 import trio
 
-from cbtfs import errors, units
-from cbtfs.fuse import Failures
+from cbtfs import errors, tree, units
+from cbtfs.cache import Cache
+from cbtfs.disks import open_disks
+from cbtfs.fuse import Failures, Filesystem
 from tests import memory
 from tests.memory import MemoryPool
 from tests.mounted import mounted, read, run
@@ -369,6 +371,24 @@ async def test_live_disks_can_be_refused(pool: MemoryPool, tmp_path: Path) -> No
         assert len(await read(top / f"by-uuid/{SNAPSHOT.uuid}.raw")) == SNAPSHOT.size
 
     assert pool.taken == 0
+
+
+async def test_what_the_tree_does_not_have_is_stale(pool: MemoryPool) -> None:
+    now = memory.SNAPSHOT_TIME
+    names = tree.build(INVENTORY, backups=None, store_path="", now=now)
+    async with open_disks(pool) as opened:
+        system = Filesystem(names, inventory=INVENTORY, disks=opened, cache=Cache())
+        for number in (0, 999):
+            with pytest.raises(pyfuse3.FUSEError) as caught:
+                await system.getattr(number, pyfuse3.RequestContext())
+            assert caught.value.errno == errno.ESTALE
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await system.read(999, 0, 1)
+
+    assert caught.value.errno == errno.EIO
+    assert system.name_of("getattr", 999) == "inode 999"
+    assert system.name_of("read", 999) == "handle 999"
+    assert system.name_of("statfs", pyfuse3.RequestContext()) == "/"
 
 
 def test_a_failure_is_told_again_after_a_new_open(caplog: pytest.LogCaptureFixture) -> None:

@@ -358,6 +358,27 @@ def test_a_lost_connection_costs_a_moment(user: User, top: Path, expected: Path)
         user.pool.set("nbd.drop_after", "")
 
 
+def test_a_restarted_xapi_is_no_matter_to_those_who_read(
+    user: User, top: Path, expected: Path
+) -> None:
+    with (top / SNAPSHOT).open("rb") as file:
+        first = file.read(4 * MiB)
+        user.pool.control("restart-xapi")
+        rest = file.read(16 * MiB)
+
+    assert first + rest == expected.read_bytes()[: 20 * MiB]
+    assert len((top / "by-name" / "odd size.raw").read_bytes()) % (2 * MiB) != 0
+
+
+def test_memory_stays_bounded_however_much_is_read(user: User, top: Path) -> None:
+    for _ in range(2):
+        run("dd", f"if={top / SNAPSHOT}", "of=/dev/null", "bs=1M", "iflag=direct")
+
+    status = Path(f"/proc/{user.pid}/status").read_text().splitlines()
+    (peak,) = (int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    assert peak < 256 * 1024  # in KiB
+
+
 def kill(pid: int) -> None:
     """Kill a process and wait until it has ended."""
     process = os.pidfd_open(pid)
