@@ -270,6 +270,8 @@ async def _run(run: Run, view: Progress) -> list[Outcome]:
 def _show_outcomes(options: Globals, outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         _show_problems(outcome)
+        for device, why in outcome.plan.skipped if outcome.plan else ():
+            options.tell(f"{outcome.vm_name}/{device} left out: {why}")
     if options.json:
         output.document({"vms": [outcome_document(outcome) for outcome in outcomes]})
         return
@@ -282,7 +284,8 @@ def _show_outcomes(options: Globals, outcomes: Sequence[Outcome]) -> None:
 def _show_problems(outcome: Outcome) -> None:
     """Tell on stderr what failed; errors are told even with ``-q``."""
     if outcome.error is not None:
-        output.note(f"{outcome.vm_name}: {outcome.error}")
+        text = str(outcome.error)
+        output.note(text if outcome.vm_name in text else f"{outcome.vm_name}: {text}")
     for failure in outcome.point.failures if outcome.point else ():
         output.note(f"{outcome.vm_name}/{failure.device}: {failure.error}")
     for text in (*outcome.problems, *(outcome.point.warnings if outcome.point else ())):
