@@ -263,8 +263,8 @@ class _Chore:
         self._seen = generation
         try:
             self._work()
-        except OSError as exc:  # a full or a vanished directory must not end the keeper
-            log.warning("%s: %s", self._work, exc)
+        except Exception:  # a full or a vanished directory must not end the keeper
+            log.exception("a chore failed; it is tried again after the next change")
         took = time.monotonic() - now
         self._due = now + took + max(self._pause, 10 * took)
 
