@@ -84,6 +84,8 @@ class Web:
                 verify=context,
                 timeout=self._timeout,
                 headers={"User-Agent": wire.USER_AGENT},
+                # cancelled in a TLS handshake, httpcore leaves the socket to the garbage collector
+                limits=httpx.Limits(keepalive_expiry=300),
                 trust_env=False,  # no proxy: a session must reach nobody but the host
             )
         return self._clients[host]
@@ -112,7 +114,7 @@ def _no_answer(exc: httpx.TransportError, host: str) -> Exception:
                 f"({cause.verify_message}); run the command again, and compare its fingerprint if "
                 "that fails too"
             )
-        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
+        if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
             return NoAnswer(tls.explain(cause), sent=True)
         cause = cause.__cause__ or cause.__context__
     silent = isinstance(exc, httpx.TimeoutException)

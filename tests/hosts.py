@@ -11,6 +11,7 @@ import random
 import ssl
 import struct
 import tempfile
+import xmlrpc.client
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -249,3 +250,63 @@ async def nbd_host(host: NbdHost, **changes: object) -> AsyncGenerator[NbdAddres
     async with serving(host.serve) as port:
         known = {"cert_pem": host.shown.pem, "subject": "xcp1.test", "tls": host.tls, **changes}
         yield NbdAddress("127.0.0.1", port, "/uuid?session_id=OpaqueRef:secret", **known)  # type: ignore[arg-type]
+
+
+class Xapi:
+    """An HTTPS server that answers every request with the same bytes, and keeps the requests.
+
+    Args:
+        shown: its certificate.
+        answer: HTTP as it is, ``b"silence"``, or what is to be wrapped in XML-RPC.
+    """
+
+    def __init__(self, shown: Certificate, answer: object) -> None:
+        self.shown = shown
+        self.heads: list[bytes] = []
+        self.bodies: list[bytes] = []
+        self.connections = 0
+        self.silent = trio.Event()
+        self._answer = answer if isinstance(answer, bytes) else _xml(answer)
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve one connection."""
+        self.connections += 1
+        secured = trio.SSLStream(stream, self.shown.server_context(), server_side=True)
+        try:
+            while True:
+                await self._take(secured)
+                if self._answer == b"silence":
+                    self.silent.set()
+                    await trio.sleep_forever()
+                await secured.send_all(self._answer)
+                if not self._answer.startswith(b"HTTP/1.1 200"):
+                    return
+        except trio.BrokenResourceError:
+            return
+
+    async def _take(self, stream: trio.abc.Stream) -> None:
+        told = b""
+        while b"\r\n\r\n" not in told:
+            told += await _some(stream)
+        head, _, body = told.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or b"0")
+        while len(body) < length:
+            body += await _some(stream)
+        self.heads.append(head)
+        self.bodies.append(body)
+
+
+def http(body: bytes, status: str = "200 OK") -> bytes:
+    """Return an HTTP answer."""
+    return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status.encode(), len(body), body)
+
+
+def _xml(answer: object) -> bytes:
+    return http(xmlrpc.client.dumps((answer,), methodresponse=True).encode())  # type: ignore[arg-type]
+
+
+async def _some(stream: trio.abc.Stream) -> bytes:
+    part = bytes(await stream.receive_some())
+    if not part:
+        raise EOFError
+    return part

@@ -11,7 +11,7 @@ import trio
 from cbtfs import errors, tls, wire
 from cbtfs.wire import Line, Lines, NoAnswer
 
-from .hosts import Certificate, certificate, serving
+from .hosts import Certificate, Xapi, certificate, serving
 
 SUCCESS = {"Status": "Success", "Value": "done"}
 
@@ -19,55 +19,6 @@ SUCCESS = {"Status": "Success", "Value": "done"}
 @pytest.fixture
 def own() -> Certificate:
     return certificate("xcp1.test", "127.0.0.1")
-
-
-class Xapi:
-    """An HTTPS server that answers every call with the same bytes, and counts them."""
-
-    def __init__(self, shown: Certificate, answer: object) -> None:
-        self.shown = shown
-        self.bodies: list[bytes] = []
-        self.connections = 0
-        self.silent = trio.Event()
-        self._answer = answer if isinstance(answer, bytes) else _xml(answer)
-
-    async def serve(self, stream: trio.SocketStream) -> None:
-        self.connections += 1
-        secured = trio.SSLStream(stream, self.shown.server_context(), server_side=True)
-        try:
-            while True:
-                self.bodies.append(await _request(secured))
-                if self._answer == b"silence":
-                    self.silent.set()
-                    await trio.sleep_forever()
-                await secured.send_all(self._answer)
-                if not self._answer.startswith(b"HTTP/1.1 200"):
-                    return
-        except trio.BrokenResourceError:
-            return
-
-
-def _xml(answer: object) -> bytes:
-    body = xmlrpc.client.dumps((answer,), methodresponse=True).encode()  # type: ignore[arg-type]
-    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-
-
-async def _request(stream: trio.abc.Stream) -> bytes:
-    told = b""
-    while b"\r\n\r\n" not in told:
-        told += await _some(stream)
-    head, _, body = told.partition(b"\r\n\r\n")
-    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
-    while len(body) < length:
-        body += await _some(stream)
-    return body
-
-
-async def _some(stream: trio.abc.Stream) -> bytes:
-    part = bytes(await stream.receive_some())
-    if not part:
-        raise EOFError
-    return part
 
 
 @asynccontextmanager
