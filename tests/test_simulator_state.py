@@ -7,6 +7,7 @@ import pytest
 
 from cbtfs import errors
 from cbtfs.simulator.builder import Builder
+from cbtfs.simulator.failures import SimError
 from cbtfs.simulator.faults import KEYS, Faults
 from cbtfs.simulator.pool import SimulatedPool
 
@@ -154,6 +155,18 @@ def test_methods_can_be_given_by_class() -> None:
     assert faults.delay_of("VDI.snapshot") == 1
     assert faults.delay_of("VM.snapshot") == 0.5
     assert faults.delay_of("VM.start") == 0
+
+
+@pytest.mark.parametrize("rule", ["**2", "VDI.**2", "VDI.snapshot*2"])
+def test_a_failure_is_ordered_for_a_number_of_calls(rule: str) -> None:
+    faults = Faults()
+    faults.set("xapi.fail", f"{rule}:SR_BACKEND_FAILURE_44::full:")
+
+    for _ in range(2):
+        with pytest.raises(SimError, match="SR_BACKEND_FAILURE_44") as failed:
+            faults.check("VDI.snapshot")
+        assert failed.value.params == ("", "full", "")
+    faults.check("VDI.snapshot")
 
 
 def test_every_setting_is_explained() -> None:

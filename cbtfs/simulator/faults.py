@@ -163,7 +163,7 @@ class Faults:
         """
         for rule in filter(None, self.text(key).split(",")):
             name, _, failure = rule.partition(":")
-            name, _, count = name.partition("*") if name[-1:].isdigit() else (name, "", "")
+            name, _, count = name.rpartition("*") if name[-1:].isdigit() else (name, "", "")
             if not _matches(name, method):
                 continue
             if count and not self._spend(f"{key}={rule}", int(count)):
