@@ -249,6 +249,9 @@ class _Relay:
         count = self._tcp.recv_into(self._wire)
         if not count:
             return False
+        # a host that does not set TCP_NODELAY holds the tail of a reply back until all before it
+        # is acknowledged, which Linux likes to put off by 40 ms; it forgets this, so every time
+        self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self._session.incoming.write(self._wire[:count])
         return self._deliver()
 

@@ -9,7 +9,7 @@ The plan was made before the snapshot was taken, so what the snapshot shows goes
 size, and whether the pool can really name the changed blocks.
 """
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -116,7 +116,7 @@ async def _decide(pool: Pool, disk: DiskPlan, vdi: VDI) -> "_Work":
 
 
 @asynccontextmanager
-async def _connect(pool: Pool, vdi: VDI) -> AsyncIterator[Source]:
+async def _connect(pool: Pool, vdi: VDI) -> AsyncGenerator[Source]:
     async with pool.open_export(vdi.ref) as export:
         if export.size != vdi.size:
             raise errors.ExportError(

@@ -9,8 +9,8 @@ Rules of this file:
    that of a whole block (the last one at its true length), and nothing is ever read back.
 2. Zeros are never stored: a zero block is a hole, in the image and (as far as the file system's
    blocks allow) in the digest array.
-3. The page cache stays clean: what is written goes to disk window by window, and is dropped there.
-   ``finish`` waits for the rest; only then may a commit name the file.
+3. The page cache stays clean, see ``sparse.Writer``; data in whole pages of memory is written
+   fastest. ``finish`` waits for the rest; only then may a commit name the file.
 """
 
 import errno
@@ -76,7 +76,7 @@ class Image:
         self.root = ""
         self._files = files
         self._fd, self._digest_fd = fds
-        self._writeback = sparse.Writeback(self._fd)
+        self._writer = sparse.Writer(self._fd)
 
     @classmethod
     def create(cls, files: ImageFiles, *, size: int) -> Self:
@@ -166,8 +166,7 @@ class Image:
                 if zero:
                     sparse.punch(self._fd, offset + start, stop - start)
                 else:
-                    sparse.write_all(self._fd, view[start:stop], offset + start)
-                    self._writeback.add(offset + start, offset + stop)
+                    self._writer.write(view[start:stop], offset + start)
                     written += stop - start
             self._put_digests(offset, found)
         return written
@@ -191,7 +190,7 @@ class Image:
             StoreFull, StoreError: not everything could be written; the image is not usable.
         """
         with told("write", self.path):
-            self._writeback.drain()
+            self._writer.drain()
             os.fsync(self._fd)
             os.fsync(self._digest_fd)
             self.root = digest_root(self._digest_fd)
@@ -199,6 +198,7 @@ class Image:
 
     def close(self) -> None:
         """Close the files, whatever their state; a second call does nothing."""
+        self._writer.close()
         fds, self._fd, self._digest_fd = (self._fd, self._digest_fd), -1, -1
         for fd in fds:
             if fd >= 0:
@@ -245,7 +245,7 @@ class Image:
         allocated = sparse.data_extents(source, size=base_size)
         for step in extents.split(allocated, size=_COPY_STEP):
             sparse.copy_range(source, self._fd, step)
-            self._writeback.add(*step)
+            self._writer.add(*step)
             if copied is not None:
                 copied(step.length)
 

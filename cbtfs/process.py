@@ -45,10 +45,11 @@ def boot_id() -> str:
 
 
 def _starttime(pid: int) -> int:
-    """Return when process ``pid`` began, 0 if there is none."""
+    """Return when process ``pid`` began, 0 if there is none, or only its remains."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return 0
     # the name of the program, in parentheses, may itself hold spaces and parentheses
-    return int(stat.rpartition(")")[2].split()[19])
+    state, *fields = stat.rpartition(")")[2].split()
+    return 0 if state in "ZX" else int(fields[18])

@@ -45,6 +45,9 @@ from .store import Intent, Leftover, Stage, Store
 CLEANUP = 60.0
 """Seconds that tidying up the pool may take after an interruption."""
 
+DISKS_AT_ONCE = 4
+"""Disks of a VM copied at a time; each takes ``copier.REQUEST`` bytes per request in flight."""
+
 
 @dataclass(frozen=True, slots=True)
 class SyncOptions:
@@ -274,6 +277,8 @@ class _VMRun:
         done: dict[str, DiskPoint] = {}
         failed: dict[str, errors.CbtfsError] = {}
 
+        at_once = trio.CapacityLimiter(DISKS_AT_ONCE)
+
         async def one(disk: DiskPlan) -> None:
             key = f"{plan.vm_name}/{disk.device}"
             try:
@@ -290,9 +295,12 @@ class _VMRun:
             except errors.CbtfsError as exc:
                 failed[disk.device] = exc
                 self._progress.disk_finished(key, None, str(exc))
+            finally:
+                at_once.release_on_behalf_of(disk)
 
         async with trio.open_nursery() as nursery:
             for disk in plan.disks:
+                await at_once.acquire_on_behalf_of(disk)
                 nursery.start_soon(one, disk)
         if not done:
             raise next(iter(failed.values()))

@@ -13,7 +13,15 @@ from cbtfs import copier, errors, units
 from cbtfs.copier import Copier, Source, Tally
 from cbtfs.extents import Extent
 
-SIZE = 9 * units.MiB + 3 * units.CBT_BLOCK
+PIECE = 256 * units.KiB
+SIZE = 9 * PIECE + 3 * units.CBT_BLOCK
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_requests() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copier, "REQUEST", PIECE)
+        yield
 
 
 class Image:
@@ -109,7 +117,7 @@ async def test_copies_a_whole_disk_in_large_requests(content: bytes) -> None:
 
 
 async def test_reads_only_what_is_wanted(content: bytes) -> None:
-    wanted = [Extent(0, 65536), Extent(3 << 20, 5 << 20), Extent(SIZE - 65536, SIZE)]
+    wanted = [Extent(0, 65536), Extent(3 * PIECE, 5 * PIECE), Extent(SIZE - 65536, SIZE)]
     image = Image()
 
     tally = await copy(Server(content, iter([])).connect, image, wanted=wanted)
@@ -117,7 +125,7 @@ async def test_reads_only_what_is_wanted(content: bytes) -> None:
     assert tally.read == sum(extent.length for extent in wanted)
     for start, stop in wanted:
         assert image.content[start:stop] == content[start:stop]
-    assert not any(image.content[65536 : 3 << 20])
+    assert not any(image.content[65536 : 3 * PIECE])
 
 
 async def test_nothing_wanted_makes_no_connection(content: bytes) -> None:

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+from cbtfs import process
 from cbtfs.process import Process, this_process
 
 
@@ -18,6 +19,16 @@ def test_an_ended_process_is_dead() -> None:
 
     assert started > 0
     assert replace(this_process(), pid=child.pid, starttime=started).is_dead()
+
+
+def test_a_zombie_is_dead() -> None:
+    with subprocess.Popen(["sleep", "1000"]) as child:
+        started = process._starttime(child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+        assert started > 0
+        assert replace(this_process(), pid=child.pid, starttime=started).is_dead()
 
 
 def test_a_later_process_with_the_same_number_is_another() -> None:
