@@ -25,6 +25,7 @@ What a user sees of a live disk:
 A snapshot VDI needs no instant, but its connection is kept in the same way, to be used again.
 """
 
+import itertools
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -104,6 +105,7 @@ class Source:
     Attributes:
         vdi: the disk that the file shows.
         size: bytes that the file shows; the size of a file does not change while it is mounted.
+        number: which source of this process it is; never given again, as an ``id()`` is.
     """
 
     disks: "Disks" = field(repr=False)
@@ -113,11 +115,12 @@ class Source:
     files: int = 0
     instant: _Instant | None = field(default=None, repr=False)
     idle: trio.CancelScope = field(default_factory=trio.CancelScope, repr=False)
+    number: int = field(default_factory=itertools.count(1).__next__, init=False)
 
     @property
     def key(self) -> str:
         """Name of the contents for the cache: that of a snapshot, else a new one each time."""
-        return self.vdi.uuid if self.vdi.is_a_snapshot else f"{self.vdi.uuid} at {id(self):x}"
+        return self.vdi.uuid if self.vdi.is_a_snapshot else f"{self.vdi.uuid} {self.number}"
 
     def may_be_joined(self) -> bool:
         """Whether a file that is opened now shows what this one shows; see rules 2 and 3."""

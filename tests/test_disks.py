@@ -105,6 +105,17 @@ async def test_who_opens_what_nobody_has_open_sees_it_as_it_is_now(
     assert two.key != one.key
 
 
+async def test_no_two_sources_of_a_live_disk_have_one_key(disks: Disks) -> None:
+    keys: set[str] = set()
+    for _ in range(20):  # of a source that is gone, another may take the place in memory
+        source = disks.open(LIVE, size=LIVE.size)
+        keys.add(source.key)
+        disks.close(source)
+        del source
+
+    assert len(keys) == 20
+
+
 async def test_at_most_one_snapshot_of_a_disk_stays(
     pool: MemoryPool, disks: Disks, autojump_clock: trio.abc.Clock
 ) -> None:
