@@ -369,8 +369,9 @@ def _facts_of(vdi: VDI, inventory: Inventory) -> dict[str, str]:
 def _is_killed(pid: int) -> bool:
     """Tell whether a process has a SIGKILL waiting for it (proc(5): SigPnd, ShdPnd)."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        # bytes: the process chose its name, which is in there too
+        lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")
     except OSError:
         return False  # gone, or not visible from here
-    pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    pending = [int(line.split()[1], 16) for line in lines if line[:6] in {b"SigPnd", b"ShdPnd"}]
     return any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)

@@ -47,9 +47,9 @@ def boot_id() -> str:
 def _starttime(pid: int) -> int:
     """Return when process ``pid`` began, 0 if there is none, or only its remains."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return 0
-    # the name of the program, in parentheses, may itself hold spaces and parentheses
+    # the name of the program, in parentheses, may itself hold spaces, parentheses and no UTF-8
     state, *fields = stat.rpartition(")")[2].split()
     return 0 if state in "ZX" else int(fields[18])

@@ -13,7 +13,7 @@ import pyfuse3
 import pytest
 import trio
 
-from cbtfs import errors, tree, units
+from cbtfs import errors, fuse, tree, units
 from cbtfs.cache import Cache
 from cbtfs.disks import open_disks
 from cbtfs.fuse import Failures, Filesystem
@@ -351,6 +351,18 @@ async def test_a_reader_that_waits_can_be_killed(
     await process.wait()
 
     assert not limit.cancelled_caught
+
+
+def test_a_reader_may_have_any_name() -> None:
+    name = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff', 0, 0, 0); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+
+        assert not fuse._is_killed(process.pid)
+        process.kill()
 
 
 async def test_others_are_served_while_one_waits(

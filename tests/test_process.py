@@ -31,6 +31,18 @@ def test_a_zombie_is_dead() -> None:
         assert replace(this_process(), pid=child.pid, starttime=started).is_dead()
 
 
+def test_a_process_may_have_any_name() -> None:
+    name = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff) 1 (', 0, 0, 0); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+
+        assert process._starttime(child.pid) > 0
+        child.kill()
+
+
 def test_a_later_process_with_the_same_number_is_another() -> None:
     assert replace(this_process(), starttime=this_process().starttime + 1).is_dead()
 
