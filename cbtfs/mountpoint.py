@@ -47,7 +47,8 @@ class Mounted:
 def mounts() -> list[Mounted]:
     """Return what is mounted, in the order in which it was: a later one hides an earlier."""
     found: list[Mounted] = []
-    for line in _MOUNTINFO.read_text(errors="surrogateescape").splitlines():
+    # not splitlines(): who may mount chooses paths, and only blanks, tabs and newlines are escaped
+    for line in _MOUNTINFO.read_text(errors="surrogateescape").split("\n")[:-1]:
         before, _, after = line.partition(" - ")
         kind, source = after.split(" ")[:2]
         found.append(Mounted(_unescape(before.split(" ")[4]), kind, _unescape(source)))
@@ -65,7 +66,7 @@ def check(mountpoint: Path) -> Path:
     Raises:
         MountError: it cannot; the text says what to do about it.
     """
-    path = mountpoint.resolve()
+    path = _located(mountpoint)
     mounted = find(path)
     if mounted is not None and mounted.type == TYPE:
         is_dead = _ask(path).error in _DEAD
@@ -102,14 +103,20 @@ def umount(mountpoint: Path) -> None:
     Also takes away what a cbtfs that died left.
 
     Raises:
-        MountError: it is no cbtfs, it is in use, or its process does not end.
+        MountError: it is no cbtfs, it is in use, or its process does not answer or does not end.
     """
-    path = mountpoint.resolve()
+    path = _located(mountpoint)
     mounted = find(path)
     if mounted is None or mounted.type != TYPE:
         what = f"{mounted.type} is mounted on it" if mounted else "nothing is mounted on it"
         raise errors.MountError(f"{path} is no cbtfs: {what}")
-    pid = _ask(path).pid
+    served = _ask(path)
+    if served.is_silent:  # our own question, never answered, keeps it busy now
+        raise errors.MountError(
+            f"the process behind {path} does not answer; end it with kill -9, and run this again:"
+            f" pgrep -af 'cbtfs.*mount.*{path.name}' shows its number"
+        )
+    pid = served.pid
     process = _open_process(pid) if pid else -1
     try:
         _unmount(path)
@@ -118,6 +125,19 @@ def umount(mountpoint: Path) -> None:
     finally:
         if process >= 0:
             os.close(process)
+
+
+def _located(mountpoint: Path) -> Path:
+    """Return the absolute path, if possible without a question to what is mounted there.
+
+    A process that hangs never answers, and whoever asked then waits for as long.
+    """
+    path = mountpoint.absolute()
+    if path.name != "..":
+        path = path.parent.resolve() / path.name
+        if find(path) is not None:
+            return path
+    return mountpoint.resolve()
 
 
 def _unmount(path: Path) -> None:
@@ -154,10 +174,14 @@ def _open_process(pid: int) -> int:
 
 @dataclass(slots=True)
 class _Served:
-    """Who serves a mount: ``pid``, 0 if that is not known; ``error`` is what it said instead."""
+    """Who serves a mount: ``pid``, 0 if that is not known; ``error`` is what it said instead.
+
+    ``is_silent`` until it has said anything at all.
+    """
 
     pid: int = 0
     error: int = 0
+    is_silent: bool = True
 
 
 def _ask(path: Path) -> _Served:
@@ -170,6 +194,7 @@ def _ask(path: Path) -> _Served:
             served.pid = int(value) if value.isdigit() else 0
         except OSError as error:
             served.error = error.errno or 0
+        served.is_silent = False
 
     # a thread that can be left behind: of a process that hangs the answer never comes
     thread = threading.Thread(target=ask, daemon=True)

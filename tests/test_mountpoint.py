@@ -68,6 +68,10 @@ def test_a_mount_of_another_kind_is_refused() -> None:
             r"31 1 0:5 / /mnt ro - fuse.cbtfs cbtfs\043prod ro,user_id=0",
             mountpoint.Mounted("/mnt", "fuse.cbtfs", "cbtfs#prod"),
         ),
+        (
+            "31 1 0:5 / /a\x0cb\x85c\u2028d rw - tmpfs none rw",
+            mountpoint.Mounted("/a\x0cb\x85c\u2028d", "tmpfs", "none"),
+        ),
     ],
 )
 def test_the_kernels_list_is_understood(
@@ -98,7 +102,7 @@ async def test_what_is_mounted_is_refused_and_says_who_serves_it(
 
     assert told == f"{top} is mounted already; run: cbtfs umount {top}"
     assert seen == mountpoint.Mounted(str(top), "fuse.cbtfs", "cbtfs#memory")
-    assert served == mountpoint._Served(pid=os.getpid())
+    assert served == mountpoint._Served(pid=os.getpid(), is_silent=False)
 
 
 @pytest.mark.fuse
@@ -120,6 +124,31 @@ def use(top: Path) -> "subprocess.Popen[bytes]":
     assert process.stdout is not None
     process.stdout.readline()
     return process
+
+
+@pytest.mark.fuse
+async def test_a_mount_is_found_without_a_question_to_it(
+    pool: MemoryPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(".")
+    async with mounted(pool, memory.an_inventory(DISK), tmp_path / "mnt") as top:
+        monkeypatch.chdir(tmp_path)
+        # in the thread of the mount itself, where a question would never be answered
+        for path in (top, Path("mnt"), tmp_path / "link/mnt"):
+            assert mountpoint._located(path) == top
+
+    assert mountpoint._located(Path("link/..")) == tmp_path.parent
+
+
+@pytest.mark.fuse
+async def test_a_process_that_hangs_is_told_within_the_time_limit(
+    pool: MemoryPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mountpoint, "ANSWER_LIMIT", 0.2)
+    async with mounted(pool, memory.an_inventory(DISK), tmp_path / "mnt") as top:
+        # in the thread of the mount itself, which so cannot answer
+        with pytest.raises(errors.MountError, match="does not answer; end it with kill -9"):
+            mountpoint.umount(top)
 
 
 def test_without_the_device_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
