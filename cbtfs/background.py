@@ -34,8 +34,8 @@ LOG_FILE = "CBTFS_LOG_FILE"
 def start_background(argv: Sequence[str], *, log_file: Path | None = None) -> int:
     """Run ``python -m cbtfs ARGV`` in the background; return 0 as soon as it is ready to be used.
 
-    If it ends before that, return its exit status; what it had to say is on stderr then. An
-    interrupt of this process meanwhile ends the child as well.
+    If it ends before that, return its exit status; what it had to say is on stderr then. Whatever
+    ends the wait, such as a signal to this process, ends the child as well.
 
     Args:
         argv: a command that stays in the foreground and calls ``announce_ready``.
@@ -101,10 +101,12 @@ def _await_ready(pid: int, pipe: int) -> int:
         if os.read(pipe, 1):
             return 0
         _, status = os.waitpid(pid, 0)
-    except KeyboardInterrupt:
-        os.kill(pid, signal.SIGINT)
+    except BaseException as exc:  # KeyboardInterrupt, or what a handler of SIGTERM raises
+        os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)
-        raise errors.Interrupted(signal.SIGINT) from None
+        if isinstance(exc, KeyboardInterrupt):
+            raise errors.Interrupted(signal.SIGINT) from None
+        raise
     code = os.waitstatus_to_exitcode(status)
     if code < 0:  # a signal, as a shell has it
         return 128 - code

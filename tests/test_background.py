@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cbtfs import background
+from cbtfs import background, errors
 
 SCRIPT = """
 import os, sys
@@ -122,6 +122,33 @@ def test_a_child_that_is_ready_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert os.getsid(pid) == pid
     os.kill(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 1)]
+)
+def test_what_ends_the_wait_ends_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, status: int
+) -> None:
+    patient = (
+        f"trap 'echo ended >{tmp_path}/ended; exit' TERM; kill -{signum} $PPID; while :; do :; done"
+    )
+    monkeypatch.setattr(sys, "executable", program(tmp_path, patient))
+
+    def handler(number: int, _: object) -> None:
+        if number == signal.SIGUSR1:
+            raise errors.CbtfsError("something else")
+        raise KeyboardInterrupt if number == signal.SIGINT else errors.Interrupted(number)
+
+    before = signal.signal(signum, handler)
+    try:
+        with pytest.raises(errors.CbtfsError) as caught:
+            background.start_background([])
+    finally:
+        signal.signal(signum, before)
+
+    assert caught.value.exit_code == status
+    assert (tmp_path / "ended").exists()
 
 
 def program(tmp_path: Path, script: str) -> str:
