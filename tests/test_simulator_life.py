@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cbtfs import errors, simulator
+from cbtfs.simulator import memory, scenarios
 
 from .simulated import Api, Failure, running_pool
 
@@ -242,9 +243,10 @@ def test_two_builds_are_equal(tmp_path: Path) -> None:
     assert seen[0] == seen[1]
 
 
-def test_the_module_runs_in_the_foreground(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["cbtfs.simulator"], ["cbtfs", "sim", "start", "-f"]])
+def test_it_runs_in_the_foreground(tmp_path: Path, command: list[str]) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "cbtfs.simulator", str(tmp_path / "pool"), "--scenario", "empty"],
+        [sys.executable, "-m", *command, str(tmp_path / "pool"), "--scenario", "empty"],
         stderr=subprocess.DEVNULL,
     )
     try:
@@ -260,3 +262,14 @@ def test_the_module_runs_in_the_foreground(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_who_steers_a_pool_does_not_import_it() -> None:
+    code = "import sys, cbtfs.simulator; print(*(m for m in sys.modules if 'cbtfs.sim' in m))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert not {"cbtfs.simulator.server", "cbtfs.simulator.pool"} & set(done.stdout.split())
+
+
+def test_the_scenarios_are_those_that_can_be_named() -> None:
+    assert tuple(sorted(scenarios.SCENARIOS)) == memory.SCENARIOS

@@ -46,8 +46,7 @@ def start(
     """Start a pool in DIR; return when it answers. An existing one goes on where it was."""
     options = contexts.of(context)
     if foreground:
-        life.run(directory, scenario=scenario)
-        return
+        life.become(directory, scenario=scenario)
     status = life.start(directory, scenario=scenario)
     if options.json:
         output.document(status)

@@ -4,7 +4,9 @@ No Xen runs on a developer's machine, and no client is tested by mocks of itself
 cbtfs plays the pool, with its certificates, its limits and its bad habits, in a process of its own.
 It shares no logic with the code that it tests. In reading order:
 
-- ``life``: start, stop, set, control: what the command line and the tests call
+- ``life``: start, stop, set, control: what the command line and the tests call; ``memory``: what
+  they learn from the directory
+- ``service``: the process that they start (``python -m cbtfs.simulator``)
 - ``server``: a pool with all its wires; ``controlsocket`` steers it
 - ``scenarios``: what a fresh pool holds; ``topology``, ``default_scenario``
 - ``filesystem``, ``lvm``, ``partitions``: real disk contents, made without root
@@ -14,10 +16,11 @@ It shares no logic with the code that it tests. In reading order:
 - ``listener``, ``certificates``: sockets and threads, TLS
 - ``pool``, ``api`` and the rest: records, calls, storage, change logs, faults
 
-The functions are here: `start`, `stop`, `run`, `status`, `set_values`, `control`.
+The functions are here: `start`, `become`, `stop`, `status`, `set_values`, `control`. They import
+nothing of the pool.
 """
 
-from .life import control, is_running, run, set_values, start, status, stop
-from .server import Ports
+from .life import become, control, is_running, set_values, start, status, stop
+from .memory import Ports
 
-__all__ = ["Ports", "control", "is_running", "run", "set_values", "start", "status", "stop"]
+__all__ = ["Ports", "become", "control", "is_running", "set_values", "start", "status", "stop"]

@@ -7,8 +7,8 @@ import sys
 
 from cbtfs import errors
 
-from . import life, scenarios
-from .server import Ports
+from . import memory, service
+from .memory import Ports
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.setsid()
     ports = Ports(options.https_port, options.nbd_port) if options.https_port else None
     try:
-        life.run(
+        service.run(
             options.directory, scenario=options.scenario, ports=ports, address=options.address,
             ready=options.ready,
         )  # fmt: skip
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cbtfs.simulator", description=__doc__)
     parser.add_argument("directory", help="where the pool lives; filled if empty")
-    parser.add_argument("--scenario", default="default", choices=sorted(scenarios.SCENARIOS))
-    parser.add_argument("--address", default=scenarios.FIRST_ADDRESS, help="of the first host")
+    parser.add_argument("--scenario", default="default", choices=memory.SCENARIOS)
+    parser.add_argument("--address", default=memory.FIRST_ADDRESS, help="of the first host")
     parser.add_argument("--https-port", type=int, default=0, help="default: a free one")
     parser.add_argument("--nbd-port", type=int, default=0, help="default: a free one")
     parser.add_argument("--verbose", action="store_true", help="log every connection")

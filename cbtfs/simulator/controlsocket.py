@@ -15,8 +15,7 @@ import msgspec
 from cbtfs import errors
 
 from .failures import SimError
-from .guest import listen_unix
-from .listener import Listener
+from .listener import Listener, listen_unix
 
 NAME = "control.sock"
 

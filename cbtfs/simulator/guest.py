@@ -7,7 +7,6 @@ Writes of zeros are writes (a bit is set), TRIM is a discard (it is not).
 
 import contextlib
 import logging
-import os
 import re
 import shutil
 import socket
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from . import nbdwire
 from .disk import Disk
-from .listener import Listener
+from .listener import Listener, listen_unix
 from .nbdwire import Command, Error, Option, Reply, Wire
 from .pool import LiveDisk
 
@@ -169,23 +168,6 @@ class GuestDisk:
         for start in range(offset, offset + length, _CHUNK):
             self._disk.write(start, _ZEROS[: min(_CHUNK, offset + length - start)])
         return Error.NONE
-
-
-def listen_unix(path: Path) -> socket.socket:
-    """Return a listening unix socket at ``path``, however long the path is."""
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # a socket address holds 107 bytes; going through the folder's descriptor always fits
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    try:
-        path.unlink(missing_ok=True)
-        listening.bind(f"/proc/self/fd/{folder}/{path.name}")
-        listening.listen(16)
-    except OSError:
-        listening.close()
-        raise
-    finally:
-        os.close(folder)
-    return listening
 
 
 def _names(disks: Sequence[LiveDisk]) -> list[tuple[str, str]]:

@@ -1,12 +1,14 @@
 """Start, stop and steer a simulated pool that runs as its own process.
 
+The clients' half: nothing of the pool itself is imported here, which would cost every command of
+cbtfs its start. The process runs `service`.
+
 The process holds a lock on ``DIR/lock`` as long as it lives: whether a pool runs is never guessed
 from a process number.
 """
 
 import contextlib
 import fcntl
-import logging
 import os
 import select
 import signal
@@ -15,15 +17,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
 from cbtfs import errors
 
-from . import controlsocket, scenarios, server
-from .server import Ports
-
-log = logging.getLogger(__name__)
+from . import controlsocket, memory
+from .memory import Ports
 
 PATIENCE = 60.0
 """How long a start or a stop may take, in seconds."""
@@ -31,7 +32,7 @@ PATIENCE = 60.0
 
 def start(
     directory: Path | str, *, scenario: str = "default", ports: Ports | None = None,
-    address: str = scenarios.FIRST_ADDRESS,
+    address: str = memory.FIRST_ADDRESS,
 ) -> Mapping[str, object]:  # fmt: skip
     """Start a pool in the background; return its status once it is usable.
 
@@ -45,11 +46,7 @@ def start(
         UsageError: a pool runs there already, or there is no such scenario, or another there.
         CbtfsError: it did not start; no process is left.
     """
-    place = Path(directory).absolute()
-    server.check_scenario(place, scenario)
-    place.mkdir(parents=True, exist_ok=True)
-    if is_running(place):
-        raise errors.UsageError(f"a simulated pool runs in {place} already")
+    place = _prepared(directory, scenario)
     reading, writing = os.pipe()
     command = [
         *(sys.executable, "-m", "cbtfs.simulator", str(place), "--scenario", scenario),
@@ -74,41 +71,17 @@ def start(
     return status(place)
 
 
-def run(
-    directory: Path | str, *, scenario: str = "default", ports: Ports | None = None,
-    address: str = scenarios.FIRST_ADDRESS, ready: int = -1,
-) -> None:  # fmt: skip
-    """Run a pool in this process until SIGTERM, SIGINT or `stop`; the process should end then.
-
-    Args:
-        directory: as for `start`.
-        scenario: as for `start`.
-        ports: as for `start`.
-        address: as for `start`.
-        ready: a descriptor told ``ready`` once the pool is usable; closed. -1 for none.
+def become(directory: Path | str, *, scenario: str = "default") -> NoReturn:
+    """Turn this process into the pool of ``directory``, in the foreground.
 
     Raises:
-        UsageError: a pool runs there already.
-        CbtfsError: it cannot start.
+        UsageError: as for `start`.
     """
-    place = Path(directory).absolute()
-    place.mkdir(parents=True, exist_ok=True)
-    _lock(place)
-    simulator = server.open_simulator(place, scenario=scenario, ports=ports, address=address)
-
-    def end(_signum: int, _frame: object) -> None:
-        simulator.stopping.set()
-
-    try:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, end)
-        _tell(ready, "ready")
-        while not simulator.stopping.wait(3600):
-            pass
-    finally:
-        simulator.close()
-        for name in (controlsocket.NAME, "pid"):
-            (place / name).unlink(missing_ok=True)
+    place = _prepared(directory, scenario)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    words = ["-m", "cbtfs.simulator", "--scenario", scenario, "--", str(place)]
+    os.execv(sys.executable, [sys.executable, *words])
 
 
 def stop(directory: Path | str) -> bool:
@@ -176,18 +149,14 @@ def is_running(directory: Path | str) -> bool:
     return False
 
 
-def _lock(place: Path) -> None:
-    """Hold the directory's lock until this process ends, and say which process that is.
-
-    The lock is never given back by hand: whoever finds it free may rely on the process being gone.
-    """
-    lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise errors.UsageError(f"a simulated pool runs in {place} already") from None
-    (place / "pid").write_text(f"{os.getpid()}\n", encoding="ascii")
+def _prepared(directory: Path | str, scenario: str) -> Path:
+    """Return the directory, there and free for a start with ``scenario``."""
+    place = Path(directory).absolute()
+    memory.check_scenario(place, scenario)
+    place.mkdir(parents=True, exist_ok=True)
+    if is_running(place):
+        raise errors.UsageError(f"a simulated pool runs in {place} already")
+    return place
 
 
 def _pid(place: Path) -> int:
@@ -195,13 +164,6 @@ def _pid(place: Path) -> int:
         return int((place / "pid").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 0
-
-
-def _tell(descriptor: int, text: str) -> None:
-    if descriptor >= 0:
-        with contextlib.suppress(OSError):
-            os.write(descriptor, text.encode())
-        os.close(descriptor)
 
 
 def _await_ready(place: Path, reading: int) -> None:

@@ -2,10 +2,12 @@
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -101,4 +103,21 @@ def listen_tcp(address: str, port: int, *, backlog: int = 64) -> socket.socket:
     except OSError:
         listening.close()
         raise
+    return listening
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """Return a listening unix socket at ``path``, however long the path is."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # a socket address holds 107 bytes; going through the folder's descriptor always fits
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        path.unlink(missing_ok=True)
+        listening.bind(f"/proc/self/fd/{folder}/{path.name}")
+        listening.listen(16)
+    except OSError:
+        listening.close()
+        raise
+    finally:
+        os.close(folder)
     return listening

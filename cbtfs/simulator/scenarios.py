@@ -16,14 +16,13 @@ Two builds of a scenario are equal, to the uuids and the last byte.
 
 from collections.abc import Callable
 
-from cbtfs import errors
-
-from . import default_scenario, filesystem
+from . import default_scenario, filesystem, memory
 from .builder import Builder
+from .memory import FIRST_ADDRESS
 from .pool import Record, SimulatedPool
-from .topology import FIRST_ADDRESS, Topology, build_topology
+from .topology import Topology, build_topology
 
-__all__ = ["FIRST_ADDRESS", "SCENARIOS", "build", "check"]
+__all__ = ["SCENARIOS", "build"]
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -84,13 +83,6 @@ SCENARIOS: dict[str, Callable[[Builder, Topology], None]] = {
 }
 
 
-def check(name: str) -> None:
-    """Raise UsageError unless there is a scenario called ``name``."""
-    if name not in SCENARIOS:
-        known = ", ".join(sorted(SCENARIOS))
-        raise errors.UsageError(f"there is no scenario {name!r}; there are {known}")
-
-
 def build(pool: SimulatedPool, name: str, *, address: str = FIRST_ADDRESS) -> None:
     """Fill an empty pool with the scenario ``name``.
 
@@ -102,7 +94,7 @@ def build(pool: SimulatedPool, name: str, *, address: str = FIRST_ADDRESS) -> No
     Raises:
         UsageError: no such scenario.
     """
-    check(name)
+    memory.check_name(name)
     builder = Builder(pool, seed=f"cbtfs {name}")
     SCENARIOS[name](builder, build_topology(builder, address=address))
     for sr in pool.db.records("SR"):  # so that the records tell what was written

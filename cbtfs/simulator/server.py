@@ -15,19 +15,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from cbtfs import errors
 
-from . import certificates, controlsocket, listener, scenarios
+from . import certificates, controlsocket, listener, memory, scenarios
 from .certificates import Subject
 from .faults import Faults
 from .guest import GuestSockets
 from .handlers import Handlers
 from .listener import Listener
+from .memory import Memory, Ports
 from .pool import HostAddress, SimulatedPool
 from .xapinbd import Identity, NbdCounters, XapiNbd
 from .xapiserver import XapiServer
@@ -44,14 +44,6 @@ _WATCH = 1.0
 _PATIENCE = 0.5
 """How long a dead host waits for its threads in seconds; one may be in a delay that was ordered."""
 _NBD_BACKLOG = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """The two ports that every host of the pool listens on."""
-
-    https: int
-    nbd: int
 
 
 class _HostServers:
@@ -271,7 +263,7 @@ class _Chore:
 
 def open_simulator(
     directory: Path, *, scenario: str = "default", ports: Ports | None = None,
-    address: str = scenarios.FIRST_ADDRESS,
+    address: str = memory.FIRST_ADDRESS,
 ) -> Simulator:  # fmt: skip
     """Build or load the pool of ``directory`` and open all its servers.
 
@@ -284,9 +276,9 @@ def open_simulator(
     Raises:
         CbtfsError: a tool is missing, a port is taken, the state is damaged.
     """
-    check_scenario(directory, scenario)
+    memory.check_scenario(directory, scenario)
     (directory / "hosts").mkdir(parents=True, exist_ok=True)
-    known = _remembered(directory)
+    known = memory.recall(directory)
     pool = SimulatedPool(directory, faults=Faults())
     pool.users = {USER: PASSWORD}
     if pool.load():
@@ -296,38 +288,8 @@ def open_simulator(
         pool.save()
     last = Ports(known.https_port, known.nbd_port)
     simulator = Simulator(pool, scenario=scenario, ports=ports or last)
-    memory = _Memory(scenario, simulator.ports.https, simulator.ports.nbd)
-    (directory / "server.json").write_bytes(msgspec.json.encode(memory))
+    memory.keep(directory, Memory(scenario, simulator.ports.https, simulator.ports.nbd))
     return simulator
-
-
-def check_scenario(directory: Path, scenario: str) -> None:
-    """Check that a pool can be started with ``scenario``; ``default`` fits what is there already.
-
-    Raises:
-        UsageError: no such scenario, or the directory holds another.
-    """
-    scenarios.check(scenario)
-    known = _remembered(directory).scenario
-    if known and scenario not in {known, "default"}:
-        raise errors.UsageError(
-            f"{directory} holds a pool of the scenario {known} already; choose another directory"
-        )
-
-
-class _Memory(msgspec.Struct):
-    """What ``server.json`` keeps from one start to the next."""
-
-    scenario: str = ""
-    https_port: int = 0
-    nbd_port: int = 0
-
-
-def _remembered(directory: Path) -> _Memory:
-    try:
-        return msgspec.json.decode((directory / "server.json").read_bytes(), type=_Memory)
-    except (OSError, msgspec.DecodeError):
-        return _Memory()
 
 
 def _identities(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from .builder import Builder
 
-FIRST_ADDRESS = "127.0.0.2"
 _NBD_DISTANCE = 10
 _HOSTS = 2
 
