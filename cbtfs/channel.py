@@ -235,6 +235,7 @@ class _Relay:
             ready = {fd for fd, _ in poller.poll()}
             if self._pair.fileno() in ready and not self._send_requests():
                 poller.unregister(self._pair)
+                self._say_goodbye()
             if self._tcp.fileno() in ready:
                 alive = self._receive()
 
@@ -244,6 +245,12 @@ class _Relay:
             self._session.tls.write(data)
             self._flush()
         return bool(data)
+
+    def _say_goodbye(self) -> None:
+        """Tell the host that nothing more will come: some (nbdkit 1.42) wait for it."""
+        with suppress(ssl.SSLError):  # the host's own goodbye is read, or not, like all the rest
+            self._session.tls.unwrap()
+        self._flush()
 
     def _receive(self) -> bool:
         count = self._tcp.recv_into(self._wire)
