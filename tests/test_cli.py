@@ -7,15 +7,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
 import typer
 
-from cbtfs import errors
+from cbtfs import errors, progress
 from cbtfs.catalogue import Catalogue, DiskFailure, DiskPoint, Point, VMHistory
 from cbtfs.cli import failures, listing, mounting, output, running, syncing
 from cbtfs.cli.app import app
+from cbtfs.cli.context import Globals
 from cbtfs.inventory import SR, VBD, VDI, VM, Inventory, Pool
 from cbtfs.sync import Outcome
 
@@ -462,3 +464,34 @@ def test_document_of_a_partial_point_names_what_failed() -> None:
 
     assert document["state"] == "partial"
     assert document["failures"] == [{"device": "xvdb", "vdi_uuid": uuid(5), "error": "no"}]
+
+
+def noted_failures(kind: str) -> syncing.Failures:
+    noted = syncing.Failures(told=kind != "silent")
+    with progress.open_progress(cast(progress.Kind, kind), sys.stderr) as noted.view:
+        noted.disk_started("web1/xvdb", method="full", reason="first", total=1)
+        noted.advanced("web1/xvdb", read=1, written=1)
+        noted.disk_finished("web1/xvdb", None, "no space")
+    return noted
+
+
+@pytest.mark.parametrize("kind", ["line", "bar", "json", "silent"])
+@pytest.mark.parametrize(
+    "result", [outcome(state="partial"), outcome(errors.StoreFull("no space"))]
+)
+def test_failed_disk_is_told_once(
+    capsys: pytest.CaptureFixture[str], kind: str, result: Outcome
+) -> None:
+    syncing._show_outcomes(Globals(verbosity=-1), [result], noted_failures(kind))
+
+    told = capsys.readouterr().err
+    assert told.count("no space") == 1
+    assert ("no restore point" in told) == (result.error is not None)
+
+
+def test_failure_of_a_vm_is_told_whatever_the_view_says(capsys: pytest.CaptureFixture[str]) -> None:
+    result = outcome(errors.PoolError("the pool is tired"))
+
+    syncing._show_outcomes(Globals(), [result], syncing.Failures(told=True))
+
+    assert capsys.readouterr().err == "cbtfs: web1: the pool is tired\n"

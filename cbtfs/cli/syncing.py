@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from cbtfs import config, errors, plan as planning, progress, sync as syncs, units
+from cbtfs.catalogue import DiskPoint
 from cbtfs.inventory import VM, Inventory
 from cbtfs.plan import DiskPlan, VMPlan
 from cbtfs.pool import Pool
@@ -73,8 +74,9 @@ def sync(  # noqa: PLR0913  # one parameter per option
         _show_plans(options, plans)
         return
     kind = _progress_kind(options, as_json=json_progress)
-    outcomes = running.run(lambda: _run_all(runs, kind))
-    _show_outcomes(options, outcomes)
+    failures = Failures(told=kind != "silent")
+    outcomes = running.run(lambda: _run_all(runs, kind, failures))
+    _show_outcomes(options, outcomes, failures)
     status = exit_status(outcomes)
     if status:
         raise typer.Exit(status)
@@ -253,9 +255,46 @@ def _progress_kind(options: Globals, *, as_json: bool) -> progress.Kind:
     return kind
 
 
-async def _run_all(runs: Sequence[Run], kind: progress.Kind) -> list[Outcome]:
-    with progress.open_progress(kind, sys.stderr) as view:
-        return [outcome for run in runs for outcome in await _run(run, view)]
+@dataclass(slots=True)
+class Failures:
+    """The disks that failed, noted on their way to a view; it fits ``Progress``.
+
+    Attributes:
+        told: whether the view tells of them, so that nobody else has to.
+        disks: why each failed, by its key.
+    """
+
+    told: bool
+    view: Progress = field(default_factory=progress.SilentProgress)
+    disks: dict[str, str] = field(default_factory=dict[str, str])
+
+    def disk_started(self, key: str, *, method: str, reason: str, total: int) -> None:
+        """Pass it on."""
+        self.view.disk_started(key, method=method, reason=reason, total=total)
+
+    def advanced(self, key: str, *, read: int, written: int) -> None:
+        """Pass it on."""
+        self.view.advanced(key, read=read, written=written)
+
+    def disk_finished(self, key: str, point: DiskPoint | None, error: str = "") -> None:
+        """Note the error, if it is one, and pass it on."""
+        if error:
+            self.disks[key] = error
+        self.view.disk_finished(key, point, error)
+
+    def message(self, text: str) -> None:
+        """Pass it on."""
+        self.view.message(text)
+
+    def take(self, vm_name: str) -> dict[str, str]:
+        """Return those of one VM, and forget them: another may have the same name."""
+        keys = [key for key in self.disks if key.rpartition("/")[0] == vm_name]
+        return {key: self.disks.pop(key) for key in keys}
+
+
+async def _run_all(runs: Sequence[Run], kind: progress.Kind, failures: Failures) -> list[Outcome]:
+    with progress.open_progress(kind, sys.stderr) as failures.view:
+        return [outcome for run in runs for outcome in await _run(run, failures)]
 
 
 async def _run(run: Run, view: Progress) -> list[Outcome]:
@@ -267,9 +306,9 @@ async def _run(run: Run, view: Progress) -> list[Outcome]:
             )
 
 
-def _show_outcomes(options: Globals, outcomes: Sequence[Outcome]) -> None:
+def _show_outcomes(options: Globals, outcomes: Sequence[Outcome], failures: Failures) -> None:
     for outcome in outcomes:
-        _show_problems(outcome)
+        _show_problems(outcome, failures)
         for device, why in outcome.plan.skipped if outcome.plan else ():
             options.tell(f"{outcome.vm_name}/{device} left out: {why}")
     if options.json:
@@ -281,13 +320,16 @@ def _show_outcomes(options: Globals, outcomes: Sequence[Outcome]) -> None:
                 output.line(output.safe(progress.summary(f"{outcome.vm_name}/{disk.device}", disk)))
 
 
-def _show_problems(outcome: Outcome) -> None:
-    """Tell on stderr what failed; errors are told even with ``-q``."""
+def _show_problems(outcome: Outcome, failures: Failures) -> None:
+    """Tell on stderr what failed, as far as no view has; errors are told even with ``-q``."""
+    disks = failures.take(outcome.vm_name)
+    for key, why in () if failures.told else disks.items():
+        output.note(f"{key}: {why}")
     if outcome.error is not None:
         text = str(outcome.error)
+        if text in disks.values():
+            text = "no disk could be copied, so there is no restore point"
         output.note(text if outcome.vm_name in text else f"{outcome.vm_name}: {text}")
-    for failure in outcome.point.failures if outcome.point else ():
-        output.note(f"{outcome.vm_name}/{failure.device}: {failure.error}")
     for text in (*outcome.problems, *(outcome.point.warnings if outcome.point else ())):
         contexts.warn(f"{outcome.vm_name}: {text}")
 
