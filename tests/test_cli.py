@@ -429,6 +429,39 @@ def test_disk_that_is_not_there_is_not_found(text: str) -> None:
         listing.find_disk(inventory(), text)
 
 
+# ── Streams ──
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        ("--version >&-", 0, ""),
+        ("nosuch 2>&-", 2, ""),
+        ("nosuch >&- 2>&-", 2, ""),
+        ("--version >/dev/full", 1, "cbtfs: standard output cannot be written: No space left"),
+        ("nosuch 2>/dev/full", 2, ""),
+    ],
+)
+def test_streams_may_be_closed_or_full(words: str, status: int, told: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m cbtfs {words}"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+    assert (done.returncode, done.stderr[: len(told)]) == (status, told)
+    assert "Traceback" not in done.stderr
+
+
+def test_traceback_drives_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    failures.report(errors.PoolError("VM '\x1b]0;mine\x07'"), verbosity=2)
+
+    told = capsys.readouterr().err
+    assert told.count("\\x1b]0;mine\\x07") == 2
+    assert all(line.isprintable() for line in told.splitlines())
+
+
 # ── The status of a sync ──
 
 

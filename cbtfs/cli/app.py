@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Under the name ``mount.fuse.cbtfs`` the program is a helper of mount(8).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a TextIOWrapper
+    output.prepare()
     failures.install_signal_handler()
     try:
         if Path(sys.argv[0]).name == MOUNT_HELPER:

@@ -1,7 +1,6 @@
 """Failures: how whatever was raised becomes one sentence on stderr and an exit status."""
 
 import signal
-import sys
 import traceback
 from collections.abc import Iterator
 from types import FrameType
@@ -21,7 +20,9 @@ GLOBAL_OPTIONS = ("--config", "--pool", "--store", "--json", "--quiet", "--verbo
 def report(exc: BaseException, *, verbosity: int) -> int:
     """Tell the user what happened and return the exit status; a traceback only from ``-vv`` on."""
     if verbosity >= 2:
-        traceback.print_exception(exc, file=sys.stderr)
+        # its messages hold names from the pool
+        text = "".join(traceback.format_exception(exc))
+        output.complain("\n".join(map(output.safe, text.rstrip("\n").split("\n"))))
     leaf = _worst(exc)
     if isinstance(leaf, typer.TyperException):
         if leaf.format_message():  # no arguments at all: typer has printed the help

@@ -12,8 +12,9 @@ import shutil
 import signal
 import sys
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 from rich.cells import cell_len, set_cell_size
@@ -143,6 +144,19 @@ def coloured(stream: TextIO) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
+def prepare() -> None:
+    """Make both streams fit to be written to, also where whoever called closed them (``>&-``)."""
+    if sys.stdout is None:
+        sys.stdout = _nowhere()
+    if sys.stderr is None:
+        sys.stderr = _nowhere()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a TextIOWrapper
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w", encoding="utf-8")
+
+
 def line(text: str = "") -> None:
     """Print a line to stdout; what of it came from a pool is the caller's to make safe."""
     _write(f"{text}\n")
@@ -172,12 +186,21 @@ def _write(text: str) -> None:
 def _noticed() -> Generator[None]:
     try:
         yield
-    except BrokenPipeError:
+    except OSError as exc:
         # so that the interpreter's last flush goes nowhere, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise ReaderGone from None
+        if isinstance(exc, BrokenPipeError):
+            raise ReaderGone from None
+        raise errors.CbtfsError(f"standard output cannot be written: {exc.strerror}") from exc
 
 
 def note(text: str) -> None:
-    """Print a sentence to stderr, made safe."""
-    sys.stderr.write(f"cbtfs: {safe(text)}\n")
+    """Print a sentence to stderr, made safe; if nobody reads it, that is no reason to fail."""
+    complain(f"cbtfs: {safe(text)}")
+
+
+def complain(text: str) -> None:
+    """Print lines to stderr as they are; if nobody reads them, that is no reason to fail."""
+    with suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
