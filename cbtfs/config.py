@@ -27,7 +27,7 @@ from typing import TypeVar
 import msgspec
 import platformdirs
 
-from . import errors, password, tables, units
+from . import errors, password, tables, tls, units
 from .pool import PoolOptions
 from .tables import JobTable, PoolTable, StoreTable
 
@@ -139,6 +139,9 @@ def _check_pool(pool: PoolTable, *, where: str) -> None:
     tables.checked(tables.check_url, pool.url, where=f"{where}.url")
     if pool.password_file and pool.password_command:
         raise errors.ConfigError(f"{where}: give password_file or password_command, not both")
+    _words(pool.password_command, where=f"{where}.password_command")
+    for fingerprint in _words(pool.fingerprint, where=f"{where}.fingerprint"):
+        tables.checked(tls.parse_fingerprint, fingerprint, where=f"{where}.fingerprint")
 
 
 def _check_reference(name: str, known: Mapping[str, object], *, where: str) -> None:
@@ -168,8 +171,20 @@ def warnings(config: Config) -> list[str]:
 
 def _resolve(value: str, config: Config) -> Path:
     """Return a path of the file: ``~`` expanded, a relative one beside the file."""
-    path = Path(value).expanduser()
+    path = _expanded(value)
     return path if config.path is None else config.path.parent / path
+
+
+def _expanded(value: str) -> Path:
+    """Return ``value`` with ``~`` and ``~user`` replaced.
+
+    Raises:
+        ConfigError: there is no such user.
+    """
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise errors.ConfigError(f"{value}: there is no such user; write the whole path") from None
 
 
 # ── Choosing a pool and a store ──────────────────────────────────────────────────────────────
@@ -255,7 +270,7 @@ def choose_store(config: Config, name: str | None, *, environ: Mapping[str, str]
     if name in config.stores:
         return _resolve(config.stores[name].path, config).absolute()
     if "/" in name or name in (".", "..") or Path(name).is_dir():
-        return Path(name).expanduser().absolute()
+        return _expanded(name).absolute()
     raise errors.NotFound(
         _unknown(name, config.stores, kind="store", where=config.where)
         + "; a directory is written with a slash"
@@ -310,7 +325,7 @@ def pool_options(
         user=table.user,
         password=password.read(_password_source(chosen, environ), warn=warn),
         ca_file=table.ca_file,
-        fingerprints=_words(table.fingerprint),
+        fingerprints=_words(table.fingerprint, where=f"pool {chosen.name}: fingerprint"),
         connections_per_host=table.connections_per_host,
         state_dir=str(state_dir(chosen, environ=environ)),
     )
@@ -318,20 +333,24 @@ def pool_options(
 
 def _password_source(chosen: ChosenPool, environ: Mapping[str, str]) -> password.Source:
     table = chosen.table
-    try:
-        command = _words(table.password_command)
-    except ValueError as exc:
-        raise errors.ConfigError(f"pool {chosen.name}: password_command: {exc}") from None
     return password.Source(
         chosen.name,
         file=table.password_file,
-        command=command,
+        command=_words(table.password_command, where=f"pool {chosen.name}: password_command"),
         credentials_directory=environ.get("CREDENTIALS_DIRECTORY", ""),
     )
 
 
-def _words(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(shlex.split(value)) if isinstance(value, str) else value
+def _words(value: str | tuple[str, ...], *, where: str) -> tuple[str, ...]:
+    """Return the words of ``value``.
+
+    Raises:
+        ConfigError: a quote in it is never closed.
+    """
+    try:
+        return tuple(shlex.split(value)) if isinstance(value, str) else value
+    except ValueError as exc:
+        raise errors.ConfigError(f"{where}: {exc}") from None
 
 
 def state_dir(chosen: ChosenPool, *, environ: Mapping[str, str]) -> Path:

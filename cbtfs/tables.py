@@ -140,6 +140,8 @@ def check_keys(
 
 def check_url(url: str) -> None:
     """Raise UsageError unless ``url`` is ``https://host[:port]`` and nothing more."""
+    if "@" in url:  # before anything that would show it
+        raise errors.UsageError("a url holds no user or password; use user and password_file")
     try:
         parts = urlsplit(url)
         bad = parts.scheme != "https" or not parts.hostname or (parts.port == 0)
@@ -147,8 +149,6 @@ def check_url(url: str) -> None:
         raise errors.UsageError(
             f"{url!r} is no url; write https://host or https://host:port"
         ) from None
-    if parts.username is not None or parts.password is not None:
-        raise errors.UsageError("a url holds no user or password; use user and password_file")
     if bad or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise errors.UsageError(
             f"{url!r} is no url of a host; write https://host or https://host:port"

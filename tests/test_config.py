@@ -70,6 +70,11 @@ def test_no_file_is_an_empty_configuration() -> None:
         ("[pool.p]\nurl = 'http://h'", "pool.p.url: 'http://h' is no url of a host"),
         ("[pool.p]\nurl = 'https://u:p@h'", "pool.p.url: a url holds no user or password"),
         ("[pool.p]\nurl = 'https://h:x'", "pool.p.url: 'https://h:x' is no url"),
+        ("[pool.p]\nurl = 'https://u:p@h:x'", "pool.p.url: a url holds no user or password"),
+        ("[pool.p]\nurl = 'https://u:[p@h'", "pool.p.url: a url holds no user or password"),
+        ("[pool.p]\nurl='https://h'\nfingerprint='ab'", "pool.p.fingerprint: fingerprint 'ab' is"),
+        ('[pool.p]\nurl="https://h"\nfingerprint="\'"', "pool.p.fingerprint: No closing quot"),
+        ('[pool.p]\nurl="https://h"\npassword_command="\'"', "pool.p.password_command: No clos"),
         ("[job.n]\npool = 'prd'\n[pool.prod]\nurl='https://h'", "did you mean 'prod'?"),
         ("[job.n]\nlimit_rate = 'fast'", "job.n.limit_rate: 'fast' is not a size"),
         ("[job.n]\nverify_sample = '2'", "job.n.verify_sample: '2' is not a percentage"),
@@ -301,3 +306,16 @@ def test_state_is_kept_where_systemd_says(tmp_path: Path) -> None:
     found = config.state_dir(chosen, environ={"STATE_DIRECTORY": f"{tmp_path}:/other"})
 
     assert found.parent == tmp_path / "pools"
+
+
+@pytest.mark.parametrize("key", ["password_file", "ca_file"])
+def test_home_of_nobody_is_a_configuration_error(tmp_path: Path, key: str) -> None:
+    found = load(tmp_path, f"[pool.a]\nurl='https://a'\n{key}='~nobody-at-all/x'")
+
+    for use in (
+        lambda: config.warnings(found),
+        lambda: config.choose_pool(found, "a", environ={}),
+        lambda: config.choose_store(found, "~nobody-at-all/x", environ={}),
+    ):
+        with pytest.raises(errors.ConfigError, match="there is no such user"):
+            use()
