@@ -22,6 +22,8 @@ class Owned(msgspec.Struct, frozen=True, kw_only=True):
         self_uuid: uuid of the tagged object.
         role: ``base`` (kept for the next increment) or ``live`` (a mount reads from it).
         store: uuid of the store it is the base of; "" for ``live``.
+        vm: name of the directory there whose points it belongs to; "" for ``live``. A disk can be
+            in the points of two VMs, or of a VM and of its own, and each has its own base.
         point: time of the restore point it belongs to.
         host: name of the machine that made it.
         pid: process that made it, with ``starttime`` and ``boot`` to tell it from a later one.
@@ -32,6 +34,7 @@ class Owned(msgspec.Struct, frozen=True, kw_only=True):
     self_uuid: str = msgspec.field(name="self")
     role: str
     store: str = ""
+    vm: str = ""
     point: str = ""
     host: str = ""
     pid: int = 0

@@ -10,12 +10,13 @@ Rules of this file:
 
 1. The name is random and on disk in the store before the pool is asked, so that a snapshot is ours
    even if we are killed before its tag is written.
-2. A base is destroyed only after a newer one of the same disk is committed.
+2. A base is destroyed only after a newer one of the same disk is committed, or once its disk is
+   gone; and only by runs for the directory of the store that its tag names.
 3. Of a VM's snapshot the VM goes first: ``data_destroy`` waits for its VBDs to disappear
    (xen-api, xapi_vdi.ml).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from . import errors
@@ -93,9 +94,9 @@ async def retire(
     *,
     committed: Iterable[str],
     history: VMHistory | None,
-    store_uuid: str,
+    owner: Owned,
 ) -> list[str]:
-    """Turn the ``committed`` devices into bases, and destroy what they replace.
+    """Turn the ``committed`` devices into bases; destroy what they replace and dead runs left.
 
     Everything is tried; the sentences returned say what failed. The next run of the same VM tries
     again, so a failure costs space in the pool and nothing else.
@@ -104,49 +105,58 @@ async def retire(
     if snapshot.vm is not None:
         await cleaner.destroy_vm(snapshot.vm)
     kept = set(committed)
-    for device, vdi in snapshot.disks.items():
-        if device not in kept:
-            await cleaner.destroy_vdi(vdi)
-            continue
-        for old in _replaced(snapshot.inventory, device, vdi, history, store_uuid):
-            await cleaner.destroy_vdi(old)
-        await cleaner.keep_as_base(vdi)
-    for vdi in snapshot.others:
+    bases = [vdi for device, vdi in snapshot.disks.items() if device in kept]
+    failed = [vdi for device, vdi in snapshot.disks.items() if device not in kept]
+    old = _superfluous(snapshot.inventory, bases, history, owner)
+    for vdi in (*failed, *snapshot.others, *old):
         await cleaner.destroy_vdi(vdi)
+    for vdi in bases:
+        await cleaner.keep_as_base(vdi)
     return cleaner.problems
 
 
-def _replaced(
-    inventory: Inventory, device: str, new: VDI, history: VMHistory | None, store_uuid: str
+def _superfluous(
+    inventory: Inventory, new: Sequence[VDI], history: VMHistory | None, owner: Owned
 ) -> list[VDI]:
-    """Return our bases that ``new``, the base of ``device``, makes superfluous.
+    """Return what earlier runs of ``owner`` made and nobody needs any more, now ``new`` are bases.
 
     ``snapshot_of`` alone would miss the bases of a disk that was replaced, and the store's records
     alone those of points that somebody removed by hand.
     """
-    recorded = {
-        disk.snapshot_uuid
+    renewed = {vdi.snapshot_of for vdi in new}
+    fresh = {vdi.uuid for vdi in new}
+    disk_of = {
+        disk.snapshot_uuid: inventory.find_vdi(disk.vdi_uuid)
         for point in (history.points if history else ())
         for disk in point.disks
-        if disk.device == device
     }
+
+    def needed(vdi: VDI) -> bool:
+        if vdi.snapshot_of in renewed:
+            return False
+        if vdi.uuid in disk_of:
+            disk = disk_of[vdi.uuid]  # left out this time, or failed: its base is still its base
+            return disk is not None and disk.ref not in renewed
+        # of no point that can be read: with its data it is what a dead run left
+        return vdi.type == "cbt_metadata"
+
     return [
         vdi
         for vdi in inventory.vdis.values()
-        if vdi.uuid != new.uuid
-        and (vdi.uuid in recorded or vdi.snapshot_of == new.snapshot_of)
-        and is_base_of(vdi, store_uuid)
+        if vdi.uuid not in fresh and is_base_of(vdi, owner) and not needed(vdi)
     ]
 
 
-def is_base_of(record: VDI | VM, store_uuid: str) -> bool:
-    """Tell whether ``record`` is a snapshot that a sync into this store made."""
-    owner = read_owner(record.other_config, record.uuid)
+def is_base_of(record: VDI | VM, owner: Owned) -> bool:
+    """Tell whether ``record`` is a snapshot that a sync into the same directory as ``owner`` made.
+
+    Such a directory is locked by its run, so of another run than ours it is a dead one's.
+    """
+    tag = read_owner(record.other_config, record.uuid)
     return (
         record.is_a_snapshot
-        and owner is not None
-        and owner.role == "base"
-        and owner.store == store_uuid
+        and tag is not None
+        and (tag.role, tag.store, tag.vm) == ("base", owner.store, owner.vm)
     )
 
 
@@ -160,11 +170,11 @@ async def discard(pool: Pool, snapshot: Snapshot) -> list[str]:
     return cleaner.problems
 
 
-async def clear_vms(pool: Pool, inventory: Inventory, vm: VM, store_uuid: str) -> list[str]:
-    """Destroy the snapshot VMs that earlier runs into this store left of ``vm``; disks stay."""
+async def clear_vms(pool: Pool, inventory: Inventory, vm: VM, owner: Owned) -> list[str]:
+    """Destroy the snapshot VMs that earlier runs of ``owner`` left of ``vm``; disks stay."""
     cleaner = _Cleaner(pool)
     for snapshot in inventory.vm_snapshots_of(vm):
-        if is_base_of(snapshot, store_uuid):
+        if is_base_of(snapshot, owner):
             await cleaner.destroy_vm(snapshot)
     return cleaner.problems
 

@@ -203,13 +203,28 @@ class _VMRun:
             await self._destroy_run(name)
         if isinstance(self._target, VM):
             self._problems += await snapshots.clear_vms(
-                self._pool, inventory, self._target, self._store.uuid
+                self._pool, inventory, self._target, self._owner("")
             )
 
     async def _destroy_run(self, name: str) -> None:
         """Destroy the snapshot called ``name``; its disks are tagged first, lest we die between."""
-        owner = _owner(self._store.uuid, time=time_of_run(name))
+        owner = self._owner(time_of_run(name))
         await self._pool.destroy_run_leftovers(self._target.ref, name, owner=owner)
+
+    def _owner(self, time: str) -> Owned:
+        """Return the tag for what this run makes in the pool for the point ``time``."""
+        me = this_process()
+        return Owned(
+            self_uuid="",  # filled in with what is tagged
+            role="base",
+            store=self._store.uuid,
+            vm=self._key,
+            point=time,
+            host=me.host,
+            pid=me.pid,
+            boot=me.boot,
+            starttime=me.starttime,
+        )
 
     def _check_space(self, inventory: Inventory, plan: VMPlan) -> None:
         """Refuse early what cannot fit.
@@ -237,7 +252,8 @@ class _VMRun:
         earlier: Sequence[str],
     ) -> Point:
         started = datetime.now(UTC)
-        naming = _naming(_next_time(history, started), self._store.uuid)
+        time = _next_time(history, started)
+        naming = Naming(run_name(time, secrets.token_hex(8)), self._owner(time))
         with self._store.stage(self._key, time=naming.owner.point) as stage:
             try:
                 stage.record(_intent(plan, naming, earlier))
@@ -258,7 +274,7 @@ class _VMRun:
             snapshot,
             committed=[disk.device for disk in point.disks],
             history=history,
-            store_uuid=self._store.uuid,
+            owner=naming.owner,
         )
         return point
 
@@ -366,24 +382,6 @@ def _next_time(history: VMHistory | None, now: datetime) -> str:
     if latest is not None:
         now = max(now, catalogue.parse_time(latest.time) + timedelta(seconds=1))
     return catalogue.format_time(now)
-
-
-def _naming(time: str, store_uuid: str) -> Naming:
-    return Naming(run_name(time, secrets.token_hex(8)), _owner(store_uuid, time=time))
-
-
-def _owner(store_uuid: str, *, time: str) -> Owned:
-    me = this_process()
-    return Owned(
-        self_uuid="",  # filled in with what is tagged
-        role="base",
-        store=store_uuid,
-        point=time,
-        host=me.host,
-        pid=me.pid,
-        boot=me.boot,
-        starttime=me.starttime,
-    )
 
 
 def _snapshot_names(leftovers: Sequence[Leftover]) -> list[str]:

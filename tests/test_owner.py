@@ -10,6 +10,7 @@ OWNED = Owned(
     self_uuid="u1",
     role="base",
     store="s",
+    vm="v",
     point="20261122T020000Z",
     host="backup1",
     pid=42,
@@ -26,7 +27,7 @@ def test_a_tag_is_read_as_it_was_written() -> None:
 
 def test_the_form_is_documented_json() -> None:
     assert owner.write_owner(Owned(self_uuid="u1", role="live")) == (
-        '{"self":"u1","role":"live","store":"","point":"","host":"","pid":0,"boot":"","starttime":0}'
+        '{"self":"u1","role":"live","store":"","vm":"","point":"","host":"","pid":0,"boot":"","starttime":0}'
     )
 
 

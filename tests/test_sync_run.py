@@ -1,0 +1,184 @@
+"""``sync.run`` in the test's process, against a pool with one small VM: what a shell cannot order.
+
+The VM ``v`` runs with the disks ``v 0``, ``v 1``, … of 4 MiB each.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cbtfs import store as stores, sync as syncs, units
+from cbtfs.inventory import Inventory
+from cbtfs.pool import Pool
+from cbtfs.progress import SilentProgress
+from cbtfs.store import Store
+from cbtfs.sync import Outcome, SyncOptions, Target
+
+from .pools import opened
+from .simulated import Api, RunningPool, running_pool
+
+pytestmark = pytest.mark.timeout(120)
+
+SIZE = 4 * units.MiB
+
+
+@dataclass(frozen=True)
+class Small:
+    """A pool with the VM ``v``, and what a test does to it."""
+
+    pool: RunningPool
+    api: Api
+    vm: str
+
+    def add_disk(self, name: str, number: int) -> str:
+        """Make a disk and plug it into ``v``; return its ref."""
+        shared = next(r for r, sr in self.api.records("SR").items() if sr["type"] == "nfs")
+        record = {"name_label": name, "SR": shared, "virtual_size": str(SIZE), "type": "user"}
+        rest = {"sharable": False, "read_only": False, "other_config": {}}
+        vdi = self.api.text("VDI.create", record | rest)
+        self.attach(vdi, number)
+        return vdi
+
+    def attach(self, vdi: str, number: int) -> None:
+        """Plug a disk into ``v``."""
+        record = {"VM": self.vm, "VDI": vdi, "userdevice": str(number), "mode": "RW"}
+        rest = {"type": "Disk", "bootable": False, "empty": False, "other_config": {}}
+        qos = {"qos_algorithm_type": "", "qos_algorithm_params": {}, "unpluggable": True}
+        vbd = self.api.text("VBD.create", record | rest | qos)
+        if self.api.text("VM.get_power_state", self.vm) == "Running":
+            self.api.call("VBD.plug", vbd)
+
+    def detach(self, vdi: str) -> None:
+        """Unplug a disk from ``v``."""
+        for ref, vbd in self.api.records("VBD").items():
+            if (vbd["VM"], vbd["VDI"]) == (self.vm, vdi):
+                self.api.call("VBD.unplug", ref)
+                self.api.call("VBD.destroy", ref)
+
+    def disk(self, name: str) -> str:
+        """Return the ref of the live disk called ``name``."""
+        (ref,) = (
+            ref
+            for ref, vdi in self.api.records("VDI").items()
+            if vdi["name_label"] == name and vdi["managed"] and not vdi["is_a_snapshot"]
+        )
+        return ref
+
+    def uuid(self, name: str) -> str:
+        """Return the uuid of the live disk called ``name``."""
+        return self.api.text("VDI.get_uuid", self.disk(name))
+
+    def bases(self) -> list[str]:
+        """Return the names of the disks that have a base, once for each base."""
+        names = {ref: str(vdi["name_label"]) for ref, vdi in self.api.records("VDI").items()}
+        return sorted(names[str(v["snapshot_of"])] for v in self._snapshots(metadata=True))
+
+    def snapshots(self) -> list[str]:
+        """Return the names of the snapshots that have data, of VDIs and VMs, whoever made them."""
+        vms = [v for v in self.api.records("VM").values() if v["is_a_snapshot"]]
+        return sorted(str(v["name_label"]) for v in (*self._snapshots(metadata=False), *vms))
+
+    def _snapshots(self, *, metadata: bool) -> list[dict[str, object]]:
+        found = [v for v in self.api.records("VDI").values() if v["is_a_snapshot"]]
+        return [v for v in found if (v["type"] == "cbt_metadata") is metadata]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Small]:
+    with running_pool(tmp_path / "pool", "empty") as pool:
+        api = Api(pool).login()
+        vm = api.text("VM.create", {"name_label": "v", "name_description": ""})
+        made = Small(pool, api, vm)
+        for number in range(3):
+            made.add_disk(f"v {number}", number)
+        api.call("VM.start", vm, False, False)
+        yield made
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with stores.open_store(tmp_path / "store") as made:
+        yield made
+
+
+async def sync(
+    pool: Pool, store: Store, *vdis: str, inventory: Inventory | None = None, without: str = ""
+) -> Outcome:
+    """Sync the VM ``v``, or the disk with the uuid given instead."""
+    inventory = inventory or await pool.inventory()
+    targets: Sequence[Target] = [inventory.vdi_by_uuid(uuid) for uuid in vdis]
+    (outcome,) = await syncs.run(
+        pool,
+        store,
+        targets or [inventory.find_vm("v")],
+        inventory=inventory,
+        progress=SilentProgress(),
+        options=SyncOptions(exclude_disks=(without,) if without else ()),
+    )
+    return outcome
+
+
+def methods(outcome: Outcome) -> dict[str, str]:
+    """Return method by device."""
+    assert outcome.error is None, outcome.error
+    assert outcome.point is not None
+    return {disk.device: disk.method for disk in outcome.point.disks}
+
+
+ALL_INCREMENTAL = dict.fromkeys(("xvda", "xvdb", "xvdc"), "incremental")
+
+
+# ── bases ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_disk_of_two_histories_has_a_base_for_each(small: Small, store: Store) -> None:
+    uuid = small.uuid("v 0")
+    async with opened(small.pool) as pool:
+        await sync(pool, store)
+        await sync(pool, store, uuid)
+
+        assert methods(await sync(pool, store)) == ALL_INCREMENTAL
+        assert methods(await sync(pool, store, uuid)) == {"disk": "incremental"}
+
+    assert small.bases() == ["v 0", "v 0", "v 1", "v 2"]
+
+
+async def test_a_disk_that_moved_and_is_left_out_keeps_its_base(small: Small, store: Store) -> None:
+    moved = small.disk("v 1")
+    async with opened(small.pool) as pool:
+        await sync(pool, store)
+        small.detach(moved)
+        small.attach(moved, 4)
+        small.add_disk("new", 1)
+        told = await sync(pool, store, without="v 1")
+        assert methods(told) == {"xvda": "incremental", "xvdb": "full", "xvdc": "incremental"}
+
+        assert methods(await sync(pool, store)) == {**ALL_INCREMENTAL, "xvde": "incremental"}
+
+
+async def test_the_base_of_a_disk_that_is_gone_goes(small: Small, store: Store) -> None:
+    gone = small.disk("v 1")
+    async with opened(small.pool) as pool:
+        await sync(pool, store)
+        small.detach(gone)
+        small.api.call("VDI.destroy", gone)
+
+        await sync(pool, store)
+
+    assert small.bases() == ["v 0", "v 2"]
+
+
+async def test_what_a_dead_run_left_of_an_excluded_disk_goes(small: Small, store: Store) -> None:
+    async with opened(small.pool) as pool:
+        small.pool.set("xapi.fail", "VDI.destroy:INTERNAL_ERROR")
+        told = await sync(pool, store, without="v 2")
+        assert len(told.problems) == 1
+        assert small.snapshots() == ["v 2"]
+        small.pool.set("xapi.fail", "")
+
+        await sync(pool, store, without="v 2")
+
+    assert small.snapshots() == []
+    assert small.bases() == ["v 0", "v 1"]
