@@ -2,7 +2,7 @@
 
 One VM, in the order that makes a kill at any instant harmless::
 
-    lock the VM in the store
+    lock the VM in the store, look at the pool anew
     clear what dead runs left             pool: their snapshots; store: their partial points
     plan                                  full or incremental, with a reason per disk
     stage                                 .partial-TIME, with the snapshot's name on disk
@@ -135,7 +135,6 @@ async def run(
     store: Store,
     targets: Sequence[Target],
     *,
-    inventory: Inventory,
     progress: Progress,
     options: SyncOptions,
 ) -> list[Outcome]:
@@ -148,7 +147,7 @@ async def run(
     hopeless: errors.CbtfsError | None = None
     for target in targets:
         if hopeless is None:
-            outcome = await _VMRun(pool, store, target, progress, options).run(inventory)
+            outcome = await _VMRun(pool, store, target, progress, options).run()
         else:
             outcome = Outcome(key_of(target), target.name, error=hopeless)
         outcomes.append(outcome)
@@ -171,16 +170,19 @@ class _VMRun:
         self._options = options
         self._problems: list[str] = []
 
-    async def run(self, inventory: Inventory) -> Outcome:
+    async def run(self) -> Outcome:
         """Return the outcome; only a cancellation leaves as an exception."""
         outcome = Outcome(self._key, self._target.name)
         try:
             with self._store.lock(self._key):
-                return await self._locked(inventory, outcome)
+                return await self._locked(outcome)
         except errors.CbtfsError as exc:
             return replace(outcome, error=exc, problems=tuple(self._problems))
 
-    async def _locked(self, inventory: Inventory, outcome: Outcome) -> Outcome:
+    async def _locked(self, outcome: Outcome) -> Outcome:
+        # hours after the targets were chosen, perhaps; another run may have synced this one since
+        inventory = await self._pool.inventory()
+        self._target = _still_there(inventory, self._target)
         earlier = _snapshot_names(self._store.leftovers(self._key))
         await self._clear_pool(inventory, earlier)
         history = self._store.catalogue().vms.get(self._key)
@@ -320,6 +322,9 @@ class _VMRun:
                 nursery.start_soon(one, disk)
         if not done:
             raise next(iter(failed.values()))
+        newcomers = _newcomers(plan, snapshot)
+        for new in newcomers:
+            self._progress.disk_finished(f"{plan.vm_name}/{new.device}", None, new.error)
         warnings = await self._metadata(stage)
         return Point(
             tool=__version__,
@@ -331,11 +336,14 @@ class _VMRun:
             disks=tuple(done[d.device] for d in plan.disks if d.device in done),
             started=started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            state="partial" if failed else "complete",
-            failures=tuple(
-                DiskFailure(device=d.device, vdi_uuid=d.vdi_uuid, error=str(failed[d.device]))
-                for d in plan.disks
-                if d.device in failed
+            state="partial" if failed or newcomers else "complete",
+            failures=(
+                *(
+                    DiskFailure(device=d.device, vdi_uuid=d.vdi_uuid, error=str(failed[d.device]))
+                    for d in plan.disks
+                    if d.device in failed
+                ),
+                *newcomers,
             ),
             warnings=tuple(warnings),
         )
@@ -362,6 +370,30 @@ class _VMRun:
                 return
             stage.close()
             await self._abandon_leftovers()
+
+
+def _still_there(inventory: Inventory, target: Target) -> Target:
+    known = inventory.vms if isinstance(target, VM) else inventory.vdis
+    found = known.get(target.ref)
+    if found is None or found.uuid != target.uuid:
+        raise errors.NotFound(f"the pool no longer has {target.name!r}; nothing was synced")
+    return found
+
+
+def _newcomers(plan: VMPlan, snapshot: Snapshot) -> list[DiskFailure]:
+    """Return the disks that were attached between plan and snapshot: they belong into the point."""
+    vm = snapshot.inventory.vms.get(plan.vm_ref)
+    planned = {disk.device for disk in plan.disks} | {device for device, _ in plan.skipped}
+    snapshot_of = {vdi.snapshot_of for vdi in snapshot.others}
+    return [
+        DiskFailure(
+            device=disk.device,
+            vdi_uuid=disk.vdi.uuid,
+            error=f"disk {disk.device} was attached as the snapshot was taken; run sync again",
+        )
+        for disk in (snapshot.inventory.disks_of(vm) if vm else ())
+        if disk.device not in planned and disk.vdi.ref in snapshot_of
+    ]
 
 
 def _vdi_of(snapshot: Snapshot, disk: DiskPlan) -> VDI:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cbtfs import store as stores, sync as syncs, units
+from cbtfs import errors, store as stores, sync as syncs, units
 from cbtfs.inventory import Inventory
 from cbtfs.pool import Pool
 from cbtfs.progress import SilentProgress
@@ -106,14 +106,13 @@ def store(tmp_path: Path) -> Iterator[Store]:
 async def sync(
     pool: Pool, store: Store, *vdis: str, inventory: Inventory | None = None, without: str = ""
 ) -> Outcome:
-    """Sync the VM ``v``, or the disk with the uuid given instead."""
+    """Sync the VM ``v``, or the disk with the uuid given instead, chosen from ``inventory``."""
     inventory = inventory or await pool.inventory()
     targets: Sequence[Target] = [inventory.vdi_by_uuid(uuid) for uuid in vdis]
     (outcome,) = await syncs.run(
         pool,
         store,
         targets or [inventory.find_vm("v")],
-        inventory=inventory,
         progress=SilentProgress(),
         options=SyncOptions(exclude_disks=(without,) if without else ()),
     )
@@ -182,3 +181,57 @@ async def test_what_a_dead_run_left_of_an_excluded_disk_goes(small: Small, store
 
     assert small.snapshots() == []
     assert small.bases() == ["v 0", "v 1"]
+
+
+# ── what happens between choosing, planning and the snapshot ─────────────────────────────────
+
+
+async def test_a_disk_attached_since_the_vm_was_chosen_is_synced(
+    small: Small, store: Store
+) -> None:
+    async with opened(small.pool) as pool:
+        chosen = await pool.inventory()
+        small.add_disk("new", 4)
+
+        assert "xvde" in methods(await sync(pool, store, inventory=chosen))
+
+
+async def test_another_run_since_the_vm_was_chosen_is_built_upon(
+    small: Small, store: Store
+) -> None:
+    async with opened(small.pool) as pool:
+        await sync(pool, store)
+        chosen = await pool.inventory()
+        await sync(pool, store)
+
+        assert methods(await sync(pool, store, inventory=chosen)) == ALL_INCREMENTAL
+
+
+async def test_a_vm_that_went_since_it_was_chosen_is_told(small: Small, store: Store) -> None:
+    async with opened(small.pool) as pool:
+        chosen = await pool.inventory()
+        small.api.call("VM.shutdown", small.vm)
+        small.api.call("VM.destroy", small.vm)
+
+        told = await sync(pool, store, inventory=chosen)
+
+    assert isinstance(told.error, errors.NotFound)
+
+
+async def test_a_point_without_a_disk_attached_at_the_last_moment_is_partial(
+    small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(small.pool) as pool:
+        take = pool.snapshot_vm
+
+        async def attach_and_take(vm_ref: str, name: str) -> str:
+            small.add_disk("new", 4)
+            return await take(vm_ref, name)
+
+        monkeypatch.setattr(pool, "snapshot_vm", attach_and_take)
+        told = await sync(pool, store, without="v 2")
+
+    assert told.point is not None
+    assert told.point.state == "partial"
+    assert [failure.device for failure in told.point.failures] == ["xvde"]
+    assert small.snapshots() == []

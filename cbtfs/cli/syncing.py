@@ -301,9 +301,7 @@ async def _run(run: Run, view: Progress) -> list[Outcome]:
     with contexts.opened_store(run.options, create=True) as store:
         async with _opened(run, store) as (pool, inventory):
             targets = _targets(inventory, run)
-            return await syncs.run(
-                pool, store, targets, inventory=inventory, progress=view, options=run.how
-            )
+            return await syncs.run(pool, store, targets, progress=view, options=run.how)
 
 
 def _show_outcomes(options: Globals, outcomes: Sequence[Outcome], failures: Failures) -> None:
