@@ -19,8 +19,23 @@ import trio
 import XenAPI
 
 from . import __version__, errors, peers, tls
+from .units import KiB, MiB
 
 USER_AGENT = f"cbtfs/{__version__}"  # short: xapi takes 1024 bytes of headers
+
+NOT_XML_RPC = (
+    xml.parsers.expat.ExpatError,
+    xmlrpc.client.Error,
+    # what the package raises of values that are none, of types that are no key, of what never began
+    ValueError,
+    TypeError,
+    LookupError,
+    RecursionError,
+)
+"""What xmlrpc.client raises of an answer that it does not understand."""
+
+LONGEST = 64 * MiB
+"""Bytes of an answer; what is long in a pool is read over JSON-RPC."""
 
 _THREADS = 8
 """Calls of one session at a time; xapi serves 800 connections to everybody."""
@@ -72,6 +87,21 @@ class _Transport(xmlrpc.client.SafeTransport):
                 str(host), timeout=self._timeout, context=self._tls
             )
         return self._line
+
+    def parse_response(  # type: ignore[override]  # the base class names a type of typeshed's own
+        self, response: http.client.HTTPResponse
+    ) -> tuple[object, ...]:
+        """Return what an answer holds, as the base class does, but only up to a length."""
+        parser, unmarshaller = self.getparser()
+        length = 0
+        with response:
+            while data := response.read(64 * KiB):
+                length += len(data)
+                if length > LONGEST:
+                    raise errors.PoolError("the host's answer has no end")
+                parser.feed(data)
+        parser.close()
+        return unmarshaller.close()
 
     def close(self) -> None:
         """Close the connection for good; the base class does so after any failure."""
@@ -155,7 +185,7 @@ class Line:
         except (OSError, http.client.HTTPException) as exc:
             why = tls.explain(exc) if isinstance(exc, OSError) else "the answer was cut"
             raise NoAnswer(why, sent=True) from exc
-        except (xml.parsers.expat.ExpatError, xmlrpc.client.Error) as exc:
+        except NOT_XML_RPC as exc:
             raise errors.PoolError(
                 f"{self._netloc} answered {method} with something else than XML-RPC: is this a xapi?"
             ) from exc

@@ -28,7 +28,7 @@ from typing import TypeVar, cast
 import msgspec
 import trio
 
-from . import errors, tls, wire
+from . import errors, handlers, tls, wire
 from .handlers import Web
 from .peers import Peers, Trust
 from .wire import NoAnswer
@@ -135,7 +135,7 @@ class Session:
             if len(raw) < _LONG:
                 return _decoded(raw, type)
             return await trio.to_thread.run_sync(_decoded, raw, type)
-        except msgspec.MsgspecError as exc:
+        except handlers.NOT_JSON as exc:
             raise errors.PoolError(f"xapi's answer to {method} is not understood: {exc}") from exc
 
     async def tables(self, classes: Iterable[str]) -> dict[str, bytes]:
@@ -413,9 +413,16 @@ def _decoded(raw: bytes, kind: type[T]) -> T:
 
 
 def _unwrapped(result: str) -> str:
-    """Return the value in a task's result: XML in a string, "" for nothing."""
+    """Return the value in a task's result: XML in a string, "" for nothing.
+
+    Raises:
+        PoolError: it is something else.
+    """
     if not result.startswith("<"):
         return result
     text = f"<methodResponse><params><param>{result}</param></params></methodResponse>"
-    (value,), _ = cast(tuple[tuple[object], str], xmlrpc.client.loads(text))
-    return str(value)
+    try:
+        (value,), _ = cast(tuple[tuple[object], str], xmlrpc.client.loads(text))
+        return str(value)
+    except wire.NOT_XML_RPC as exc:
+        raise errors.PoolError("the result of a task is in no form that xapi uses") from exc

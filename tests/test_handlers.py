@@ -1,5 +1,6 @@
 """JSON-RPC and xapi's handlers over HTTP: what each answer means."""
 
+import gzip
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -7,7 +8,7 @@ import msgspec
 import pytest
 import trio
 
-from cbtfs import errors, tls
+from cbtfs import errors, handlers, tls
 from cbtfs.handlers import Web
 from cbtfs.wire import NoAnswer
 
@@ -97,6 +98,7 @@ async def test_a_handler_is_given_the_session_as_a_cookie_in_a_short_header(
         (http(b'{"result":[1'), errors.PoolError),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n", NoAnswer),
         (b"", NoAnswer),
+        (http(b'{"result":' + b"[" * 100_000), errors.PoolError),
     ],
 )
 async def test_other_answers_are_errors(
@@ -107,6 +109,25 @@ async def test_other_answers_are_errors(
             await client.post()
 
     assert "secret" not in str(caught.value)
+
+
+async def test_an_answer_without_end_is_given_up(
+    own: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers, "LONGEST", 1 << 20)
+
+    async with client_of(Xapi(own, http(bytes(2 << 20)))) as client:
+        with pytest.raises(errors.PoolError, match="no end"):
+            await client.post()
+
+
+async def test_nothing_is_unpacked(own: Certificate) -> None:
+    body = gzip.compress(b'{"result":1}')
+    packed = http(body).replace(b"\r\n", b"\r\nContent-Encoding: gzip\r\n", 1)
+
+    async with client_of(Xapi(own, packed)) as client:
+        with pytest.raises(errors.PoolError, match="no form that xapi uses"):
+            await client.post()
 
 
 async def test_a_handlers_500_is_a_refusal(own: Certificate) -> None:

@@ -11,7 +11,7 @@ import trio
 from cbtfs import errors, tls, wire
 from cbtfs.wire import Line, Lines, NoAnswer
 
-from .hosts import Certificate, Xapi, certificate, serving
+from .hosts import Certificate, Xapi, certificate, http, serving
 
 SUCCESS = {"Status": "Success", "Value": "done"}
 
@@ -108,6 +108,36 @@ async def test_a_call_is_sent_once_whatever_happens(own: Certificate, answer: by
 async def test_what_is_no_xapi_is_a_pool_error(own: Certificate, answer: object) -> None:
     async with line_to(Xapi(own, answer)) as line:
         with pytest.raises(errors.PoolError):
+            await call(line, "VDI.get_uuid", "ref")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<int>x</int>",
+        "<boolean>2</boolean>",
+        "<base64>x</base64>",
+        "<struct><value>a</value></struct>",
+        "<struct><member><name><value><struct></struct></value></name></member></struct>",
+    ],
+)
+async def test_values_that_are_none_are_a_pool_error(own: Certificate, value: str) -> None:
+    body = (
+        f"<methodResponse><params><param><value>{value}</value></param></params></methodResponse>"
+    )
+
+    async with line_to(Xapi(own, http(body.encode()))) as line:
+        with pytest.raises(errors.PoolError, match="something else than XML-RPC"):
+            await call(line, "VDI.get_uuid", "ref")
+
+
+async def test_an_answer_without_end_is_given_up(
+    own: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "LONGEST", 1 << 20)
+
+    async with line_to(Xapi(own, http(b"<methodResponse>" + b" " * (2 << 20)))) as line:
+        with pytest.raises(errors.PoolError, match="no end"):
             await call(line, "VDI.get_uuid", "ref")
 
 

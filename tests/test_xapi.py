@@ -368,3 +368,12 @@ async def test_no_secret_reaches_a_log(
     assert "logged in" in caplog.text
     for secret in (first, second, ROOT.password):
         assert secret not in caplog.text + text
+
+
+@pytest.mark.parametrize(
+    "result",
+    ["<value>", "<foo/>", "<value><int>x</int></value>", "<value/></param></params><fault/>"],
+)
+def test_a_result_that_is_none_is_a_pool_error(result: str) -> None:
+    with pytest.raises(errors.PoolError, match="the result of a task"):
+        xapi._unwrapped(result)
