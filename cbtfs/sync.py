@@ -195,9 +195,18 @@ class _VMRun:
         await self._pool.check_nbd()
         for disk in plan.disks:
             if disk.enable_cbt:
-                await self._pool.enable_cbt(disk.vdi_ref)
+                await self._track(disk)
         point = await self._make(inventory, plan, history, earlier=earlier)
         return replace(outcome, point=point, problems=tuple(self._problems))
+
+    async def _track(self, disk: DiskPlan) -> None:
+        """Switch change tracking on; where the pool refuses, a full copy is still worth it."""
+        try:
+            await self._pool.enable_cbt(disk.vdi_ref)
+        except errors.XapiFailure as exc:
+            self._problems.append(
+                f"changes of {disk.device} are not tracked, so each sync copies all of it: {exc}"
+            )
 
     async def _clear_pool(self, inventory: Inventory, names: Sequence[str]) -> None:
         """Remove what dead runs of this VM left; we hold its lock, so none of them is alive."""

@@ -235,3 +235,16 @@ async def test_a_point_without_a_disk_attached_at_the_last_moment_is_partial(
     assert told.point.state == "partial"
     assert [failure.device for failure in told.point.failures] == ["xvde"]
     assert small.snapshots() == []
+
+
+async def test_a_disk_that_cannot_be_tracked_is_copied_all_the_same(
+    small: Small, store: Store
+) -> None:
+    small.pool.set("xapi.fail", "VDI.enable_cbt:SR_BACKEND_FAILURE_457")
+    async with opened(small.pool) as pool:
+        told = await sync(pool, store)
+
+    assert set(methods(told).values()) == {"full"}
+    assert len(told.problems) == 3
+    assert "SR_BACKEND_FAILURE_457" in told.problems[0]
+    assert small.snapshots() == small.bases() == []
