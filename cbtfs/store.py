@@ -278,6 +278,17 @@ class Store:
                     found.append(Leftover(vm_uuid, time, vm.path / name, intent))
         return found
 
+    def times(self, vm_uuid: str) -> frozenset[str]:
+        """Return the times that no new point can have: of points, listed or not, and partial ones.
+
+        Raises:
+            StoreError: the VM has no folder, or it cannot be read.
+        """
+        with self._vm(vm_uuid) as vm:
+            names = vm.names()
+        taken = (stages.partial_time(name) or name for name in names)
+        return frozenset(time for time in taken if catalogue.is_time(time))
+
     def abandon(self, leftover: Leftover) -> None:
         """Remove a partial point; the caller holds the VM's lock and has tidied up the pool.
 

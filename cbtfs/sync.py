@@ -16,7 +16,7 @@ a VBD is attached, and ours in dom0 counts (xen-api, xapi_vdi.ml).
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -263,7 +263,7 @@ class _VMRun:
         earlier: Sequence[str],
     ) -> Point:
         started = datetime.now(UTC)
-        time = _next_time(history, started)
+        time = _next_time(history, started, taken=self._store.times(self._key))
         naming = Naming(run_name(time, secrets.token_hex(8)), self._owner(time))
         with self._store.stage(self._key, time=naming.owner.point) as stage:
             try:
@@ -414,14 +414,25 @@ def _vdi_of(snapshot: Snapshot, disk: DiskPlan) -> VDI:
     return vdi
 
 
-def _next_time(history: VMHistory | None, now: datetime) -> str:
-    """Return the name of a new point: now, but later than every point there is.
+def _next_time(history: VMHistory | None, now: datetime, *, taken: Collection[str]) -> str:
+    """Return the name of a new point: now, but later than every point there is, and not ``taken``.
 
     A clock that was set back, or two runs in one second, must not break the order of points.
+
+    Raises:
+        StoreError: there is no later time.
     """
     latest = history.latest if history else None
-    if latest is not None:
-        now = max(now, catalogue.parse_time(latest.time) + timedelta(seconds=1))
+    second = timedelta(seconds=1)
+    try:
+        if latest is not None:
+            now = max(now, catalogue.parse_time(latest.time) + second)
+        while catalogue.format_time(now) in taken:
+            now += second
+    except OverflowError:
+        raise errors.StoreError(
+            f"no restore point can be later than {max(taken)}; remove that one"
+        ) from None
     return catalogue.format_time(now)
 
 

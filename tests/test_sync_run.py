@@ -5,11 +5,13 @@ The VM ``v`` runs with the disks ``v 0``, ``v 1``, … of 4 MiB each.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from cbtfs import errors, store as stores, sync as syncs, units
+from cbtfs import catalogue, errors, store as stores, sync as syncs, units
 from cbtfs.inventory import Inventory
 from cbtfs.pool import Pool
 from cbtfs.progress import SilentProgress
@@ -248,3 +250,36 @@ async def test_a_disk_that_cannot_be_tracked_is_copied_all_the_same(
     assert len(told.problems) == 3
     assert "SR_BACKEND_FAILURE_457" in told.problems[0]
     assert small.snapshots() == small.bases() == []
+
+
+# ── times ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_is_left_of_a_run_in_the_same_second_is_in_nobodys_way(
+    small: Small, store: Store
+) -> None:
+    vm = store.path / small.api.text("VM.get_uuid", small.vm)
+    vm.mkdir()
+    now = datetime.now(UTC)
+    for seconds in range(60):
+        time = catalogue.format_time(now + timedelta(seconds=seconds))
+        (vm / (f".partial-{time}" if seconds % 2 else time)).mkdir()
+
+    async with opened(small.pool) as pool:
+        assert set(methods(await sync(pool, store))) == {"xvda", "xvdb", "xvdc"}
+
+
+async def test_a_point_at_the_end_of_time_is_told(small: Small, store: Store) -> None:
+    async with opened(small.pool) as pool:
+        first = (await sync(pool, store)).point
+        assert first is not None
+        last = msgspec.structs.replace(first, time="99991231T235959Z")
+        vm = store.path / first.vm_uuid
+        (vm / first.time / "point.json").write_bytes(catalogue.encode(last))
+        (vm / first.time).rename(vm / last.time)
+
+        told = await sync(pool, store)
+
+    assert isinstance(told.error, errors.StoreError)
+    assert last.time in str(told.error)
+    assert small.snapshots() == []
