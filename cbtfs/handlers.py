@@ -30,12 +30,12 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 class Web:
-    """The HTTP clients of one session, one for each host that was master."""
+    """The HTTP clients of one session, one for each master and how it was verified."""
 
     def __init__(self, port: int, *, timeout: float) -> None:
         self._port = port
         self._timeout = timeout
-        self._clients: dict[str, httpx.AsyncClient] = {}
+        self._clients: dict[tuple[str, ssl.SSLContext], httpx.AsyncClient] = {}
 
     async def post(
         self, host: str, context: ssl.SSLContext, method: str, params: Sequence[object]
@@ -49,13 +49,14 @@ class Web:
             PoolError: it answered something else.
         """
         call = {"jsonrpc": "2.0", "method": method, "params": params, "id": 1}
-        request = self._client(host, context).build_request(
+        client = self._client(host, context)
+        request = client.build_request(
             "POST",
             "/jsonrpc",
             content=msgspec.json.encode(call),
             headers={"Content-Type": "application/json"},
         )
-        body = await self._sent(host, request, what=method)
+        body = await self._sent(client, host, request, what=method)
         try:
             answer = msgspec.json.decode(body, type=_Answer)
         except NOT_JSON as exc:
@@ -74,10 +75,11 @@ class Web:
         session: str,
     ) -> bytes:
         """Return the body of one of xapi's handlers; raises as ``post``."""
-        request = self._client(host, context).build_request(
+        client = self._client(host, context)
+        request = client.build_request(
             "GET", path, params=dict(query), headers={"Cookie": f"session_id={session}"}
         )
-        return await self._sent(host, request, what=path)
+        return await self._sent(client, host, request, what=path)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -85,8 +87,8 @@ class Web:
             await self._clients.popitem()[1].aclose()
 
     def _client(self, host: str, context: ssl.SSLContext) -> httpx.AsyncClient:
-        if host not in self._clients:
-            self._clients[host] = httpx.AsyncClient(
+        if (host, context) not in self._clients:
+            self._clients[host, context] = httpx.AsyncClient(
                 base_url=f"https://{peers.netloc(host, self._port)}",
                 verify=context,
                 timeout=self._timeout,
@@ -95,11 +97,13 @@ class Web:
                 limits=httpx.Limits(keepalive_expiry=300),
                 trust_env=False,  # no proxy: a session must reach nobody but the host
             )
-        return self._clients[host]
+        return self._clients[host, context]
 
-    async def _sent(self, host: str, request: httpx.Request, *, what: str) -> bytes:
+    async def _sent(
+        self, client: httpx.AsyncClient, host: str, request: httpx.Request, *, what: str
+    ) -> bytes:
         try:
-            response = await self._clients[host].send(request, stream=True)
+            response = await client.send(request, stream=True)
             try:
                 body = await _body(response, host)
             finally:

@@ -101,10 +101,19 @@ class Peers:
         return self._contexts[host]
 
     def learn(self, certificates: Mapping[str, str]) -> None:
-        """Remember the certificate (PEM) of each address; told by an authenticated session."""
-        wanted = {**self._learned, **certificates}
-        if wanted != self._learned:
-            self._learned = wanted
+        """Remember the certificate (PEM) of each address; told by an authenticated session.
+
+        A host with a new one is verified anew. What is no certificate is left out.
+        """
+        news = {
+            host: pem
+            for host, pem in certificates.items()
+            if self._learned.get(host) != pem and _is_certificate(pem, host)
+        }
+        if news:
+            self._learned = {**self._learned, **news}
+            for host in news:
+                self._contexts.pop(host, None)
             self._save()
 
     # ── choosing ─────────────────────────────────────────────────────────────────────────────────
@@ -169,7 +178,7 @@ class Peers:
         if self._file is None:
             return {}
         try:
-            state = msgspec.json.decode(self._file.read_bytes(), type=_State)
+            state = msgspec.json.decode(_own_bytes(self._file), type=_State)
         except FileNotFoundError:
             return {}
         except (OSError, msgspec.MsgspecError) as exc:
@@ -195,6 +204,28 @@ class Peers:
                 raise
         except OSError as exc:
             logger.info("cannot keep the certificates of %s: %s", self.url, exc)
+
+
+def _is_certificate(pem: str, host: str) -> bool:
+    try:
+        tls.pin(pem)
+    except errors.PoolError as exc:
+        logger.info("%s: %s", host, exc)
+        return False
+    return True
+
+
+def _own_bytes(path: Path) -> bytes:
+    """Return what is in a file that nobody else can have written: it says whom to believe.
+
+    Raises:
+        OSError: it cannot be read, or others may write to it.
+    """
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_uid not in {0, os.geteuid()} or status.st_mode & 0o022:
+            raise PermissionError(errno.EPERM, "others may write to it", str(path))
+        return file.read()
 
 
 def netloc(host: str, port: int) -> str:

@@ -23,6 +23,7 @@ from . import errors
 from .units import KiB
 
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_UNREADABLE = "the pool handed out a certificate that cannot be read"
 
 
 # ── whom to believe ──────────────────────────────────────────────────────────────────────────────
@@ -38,8 +39,8 @@ def pin(pem: str) -> ssl.SSLContext:
     context.check_hostname = False
     try:
         context.load_verify_locations(cadata=first(pem))
-    except ssl.SSLError as exc:
-        raise errors.PoolError("the pool handed out a certificate that cannot be read") from exc
+    except (ssl.SSLError, TypeError) as exc:  # TypeError: it is not ASCII
+        raise errors.PoolError(_UNREADABLE) from exc
     return context
 
 
@@ -66,13 +67,17 @@ def ca(ca_file: str = "") -> ssl.SSLContext:
 
 
 def fingerprint(certificate: str | bytes) -> str:
-    """Return ``sha256:HEX`` of a certificate in PEM or DER."""
-    der = (
-        ssl.PEM_cert_to_DER_cert(first(certificate))
-        if isinstance(certificate, str)
-        else (certificate)
-    )
-    return f"sha256:{hashlib.sha256(der).hexdigest()}"
+    """Return ``sha256:HEX`` of a certificate in PEM or DER.
+
+    Raises:
+        PoolError: the PEM cannot be read.
+    """
+    if isinstance(certificate, str):
+        try:
+            certificate = ssl.PEM_cert_to_DER_cert(first(certificate))
+        except ValueError as exc:
+            raise errors.PoolError(_UNREADABLE) from exc
+    return f"sha256:{hashlib.sha256(certificate).hexdigest()}"
 
 
 def parse_fingerprint(text: str) -> str:
@@ -107,7 +112,7 @@ def first(pem: str) -> str:
     """
     match = _PEM.search(pem)
     if match is None:
-        raise errors.PoolError("the pool handed out a certificate that cannot be read")
+        raise errors.PoolError(_UNREADABLE)
     return match[0]
 
 

@@ -1,6 +1,7 @@
 """How the hosts of a pool prove who they are, and what is remembered of that."""
 
 import logging
+import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -119,10 +120,12 @@ async def test_a_silent_host_does_not_answer(monkeypatch: pytest.MonkeyPatch) ->
             await Peers(f"https://{FIRST}:{port}", trust=Trust()).context(FIRST)
 
 
-def test_what_was_learned_outlives_the_session(tmp_path: Path, one: Certificate) -> None:
+def test_what_was_learned_outlives_the_session(
+    tmp_path: Path, one: Certificate, two: Certificate
+) -> None:
     state = tmp_path / "state" / "cbtfs"
     first = Peers("https://10.0.0.1", trust=fingerprints(one), state_dir=str(state))
-    first.learn({"10.0.0.1": one.pem, "10.0.0.2": "second"})
+    first.learn({"10.0.0.1": one.pem, "10.0.0.2": two.pem})
 
     again = Peers("https://10.0.0.1", trust=fingerprints(one), state_dir=str(state))
 
@@ -139,7 +142,7 @@ def test_another_trust_forgets_what_was_learned(
     def opened(trust: Trust, url: str = "https://10.0.0.1") -> Peers:
         return Peers(url, trust=trust, state_dir=str(tmp_path / "state"))
 
-    opened(Trust(file)).learn({"10.0.0.2": "second"})
+    opened(Trust(file)).learn({"10.0.0.2": two.pem})
     assert opened(Trust(file)).addresses()[1:]
 
     assert not opened(fingerprints(one)).addresses()[1:]
@@ -150,26 +153,76 @@ def test_another_trust_forgets_what_was_learned(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema":2,"trust":"","hosts":{}}'])
-def test_a_damaged_memory_is_begun_anew(tmp_path: Path, text: str) -> None:
+def test_a_damaged_memory_is_begun_anew(tmp_path: Path, two: Certificate, text: str) -> None:
     first = Peers("https://10.0.0.1", trust=Trust(), state_dir=str(tmp_path))
-    first.learn({"10.0.0.2": "second"})
+    first.learn({"10.0.0.2": two.pem})
     (file,) = tmp_path.iterdir()
     file.write_text(text)
 
     again = Peers("https://10.0.0.1", trust=Trust(), state_dir=str(tmp_path))
-    again.learn({"10.0.0.3": "third"})
+    again.learn({"10.0.0.3": two.pem})
 
     assert again.addresses() == ("10.0.0.1", "10.0.0.3")
 
 
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_memory_that_others_may_write_is_not_believed(
+    tmp_path: Path, two: Certificate, mode: int
+) -> None:
+    first = Peers("https://10.0.0.1", trust=Trust(), state_dir=str(tmp_path))
+    first.learn({"10.0.0.2": two.pem})
+    (file,) = tmp_path.iterdir()
+    file.chmod(mode)
+
+    assert not Peers("https://10.0.0.1", trust=Trust(), state_dir=str(tmp_path)).addresses()[1:]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_memory_of_somebody_else_is_not_believed(tmp_path: Path, two: Certificate) -> None:
+    first = Peers("https://10.0.0.1", trust=Trust(), state_dir=str(tmp_path))
+    first.learn({"10.0.0.2": two.pem})
+    (file,) = tmp_path.iterdir()
+    os.chown(file, 1000, 1000)
+
+    assert not Peers("https://10.0.0.1", trust=Trust(), state_dir=str(tmp_path)).addresses()[1:]
+
+
+@pytest.mark.parametrize(
+    "pem",
+    [
+        "",
+        "second",
+        "-----BEGIN CERTIFICATE-----\nA\n-----END CERTIFICATE-----",
+        "-----BEGIN CERTIFICATE-----\n\xe9\n-----END CERTIFICATE-----",
+    ],
+)
+def test_what_is_no_certificate_is_not_learned(two: Certificate, pem: str) -> None:
+    known = Peers("https://10.0.0.1", trust=Trust())
+    known.learn({"10.0.0.2": pem, "10.0.0.3": two.pem})
+
+    assert known.addresses() == ("10.0.0.1", "10.0.0.3")
+
+
+async def test_a_certificate_that_is_renewed_counts_from_then_on(
+    one: Certificate, two: Certificate
+) -> None:
+    renewed = certificate("xcp2.test", SECOND, serial=2)
+    async with hosts(one, renewed) as port:
+        known = Peers(f"https://{FIRST}:{port}", trust=fingerprints(one))
+        known._contexts[SECOND] = tls.pin(two.pem)  # from when it showed that
+        known.learn({SECOND: renewed.pem})
+
+        assert await tls.probe(SECOND, port, context=await known.context(SECOND))
+
+
 def test_a_memory_that_cannot_be_written_is_only_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, two: Certificate, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     known = Peers("https://10.0.0.1", trust=Trust(), state_dir=str(tmp_path / "file" / "x"))
 
     with caplog.at_level(logging.INFO):
-        known.learn({"10.0.0.2": "second"})
+        known.learn({"10.0.0.2": two.pem})
 
     assert "cannot keep" in caplog.text
     assert known.addresses()[1:]

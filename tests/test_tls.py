@@ -89,9 +89,18 @@ def test_a_useless_ca_file_is_a_configuration_error(tmp_path: Path, text: str | 
 
 
 def test_what_is_no_certificate_cannot_be_pinned() -> None:
-    for pem in ("", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"):
+    for inside in ("AAAA", "A", "\xe9", ""):
+        pem = f"-----BEGIN CERTIFICATE-----\n{inside}\n-----END CERTIFICATE-----"
         with pytest.raises(errors.PoolError):
             tls.pin(pem)
+    with pytest.raises(errors.PoolError):
+        tls.pin("")
+
+
+@pytest.mark.parametrize("inside", ["A", "\xe9"])
+def test_what_is_no_certificate_has_no_fingerprint(inside: str) -> None:
+    with pytest.raises(errors.PoolError):
+        tls.fingerprint(f"-----BEGIN CERTIFICATE-----\n{inside}\n-----END CERTIFICATE-----")
 
 
 async def test_fetching_a_certificate_sends_nothing(own: Certificate) -> None:
