@@ -141,7 +141,7 @@ async def run(
     """Make a restore point of each target, one after another; a failure stops only its own VM.
 
     If cancelled, the pool is tidied up (at most ``CLEANUP`` seconds) and nothing half-written is
-    left in the store.
+    left in the store, but for the name of a snapshot that the pool may still be taking.
     """
     outcomes: list[Outcome] = []
     hopeless: errors.CbtfsError | None = None
@@ -169,6 +169,7 @@ class _VMRun:
         self._progress = progress
         self._options = options
         self._problems: list[str] = []
+        self._may_appear = False  # a snapshot that was asked for, without an answer
 
     async def run(self) -> Outcome:
         """Return the outcome; only a cancellation leaves as an exception."""
@@ -271,15 +272,15 @@ class _VMRun:
                 # not before their names are on record again
                 await self._abandon_leftovers()
                 self._check_space(inventory, plan)
-                snapshot = await snapshots.take(self._pool, plan, naming)
+                snapshot = await self._take(plan, naming)
                 for name in earlier:
                     # a run killed within VM.snapshot: the pool finished it only before ours
                     await self._destroy_run(name)
                 point = await self._fill(plan, snapshot, stage, started=started)
+                self._problems += stage.commit(point)
             except BaseException:
                 await self._tidy(stage, (naming.name, *earlier))
                 raise
-            self._problems += stage.commit(point)
         self._problems += await snapshots.retire(
             self._pool,
             snapshot,
@@ -288,6 +289,15 @@ class _VMRun:
             owner=naming.owner,
         )
         return point
+
+    async def _take(self, plan: VMPlan, naming: Naming) -> Snapshot:
+        try:
+            return await snapshots.take(self._pool, plan, naming)
+        except errors.XapiFailure:
+            raise  # refused, or taken: the pool has done all that it will do
+        except BaseException:
+            self._may_appear = True
+            raise
 
     async def _abandon_leftovers(self) -> None:
         for leftover in self._store.leftovers(self._key):
@@ -377,6 +387,8 @@ class _VMRun:
                 # the partial point stays, and with it the names: the next run tries again
                 self._problems.append(f"{exc}; the next sync of this VM tries again")
                 return
+            if self._may_appear:
+                return  # when the pool gets to it; the next run finds its name here
             stage.close()
             await self._abandon_leftovers()
 

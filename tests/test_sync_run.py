@@ -10,12 +10,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trio
 
 from cbtfs import catalogue, errors, store as stores, sync as syncs, units
 from cbtfs.inventory import Inventory
 from cbtfs.pool import Pool
 from cbtfs.progress import SilentProgress
-from cbtfs.store import Store
+from cbtfs.store import Stage, Store
 from cbtfs.sync import Outcome, SyncOptions, Target
 
 from .pools import opened
@@ -283,3 +284,52 @@ async def test_a_point_at_the_end_of_time_is_told(small: Small, store: Store) ->
     assert isinstance(told.error, errors.StoreError)
     assert last.time in str(told.error)
     assert small.snapshots() == []
+
+
+# ── runs that do not end well ────────────────────────────────────────────────────────────────
+
+
+async def test_a_snapshot_that_appears_after_an_interruption_is_removed_by_the_next_run(
+    small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(small.pool) as pool:
+        take = pool.snapshot_vm
+        interrupted = trio.CancelScope()
+        names: list[str] = []
+
+        async def ask(vm_ref: str, name: str) -> str:
+            names.append(name)
+            interrupted.cancel()
+            return await take(vm_ref, name)
+
+        with monkeypatch.context() as patched, interrupted:
+            small.pool.set("xapi.delay", "VM.snapshot:60")  # cut short by the cancellation
+            patched.setattr(pool, "snapshot_vm", ask)
+            await sync(pool, store)
+        assert small.snapshots() == []
+        small.pool.set("xapi.delay", "")
+        small.api.call("VM.snapshot", small.vm, names[0])  # the pool got to it only now
+
+        await sync(pool, store)
+
+    assert small.snapshots() == []
+    assert small.bases() == ["v 0", "v 1", "v 2"]
+    assert not list(store.path.glob("*/.partial*"))
+
+
+async def test_a_point_that_cannot_be_committed_leaves_nothing(
+    small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(stage: Stage, point: object) -> tuple[str, ...]:
+        raise errors.StoreFull("no space left")
+
+    async with opened(small.pool) as pool:
+        await sync(pool, store)
+        with monkeypatch.context() as patched:
+            patched.setattr(Stage, "commit", full)
+            told = await sync(pool, store)
+        assert isinstance(told.error, errors.StoreFull)
+        assert small.snapshots() == []
+        assert not list(store.path.glob("*/.partial*"))
+
+        assert methods(await sync(pool, store)) == ALL_INCREMENTAL
