@@ -45,6 +45,9 @@ TASKS = 256
 LEFTOVERS_LIMIT = 30.0
 """Seconds that removing what dead mounts left may hold up the start; the next one goes on."""
 
+NAME_MAX = 64
+"""Characters of the pool's name that the kernel's list of mounts shows."""
+
 _GENERIC = re.compile(
     r"(no)?(auto|atime|dev|diratime|exec|intr|lazytime|relatime|strictatime|suid|user|fail)"
     r"|r[ow]|a?sync|defaults|group|owner|users|_netdev|x-.*"
@@ -224,15 +227,17 @@ def _said_to_stderr() -> Generator[Callable[[], str], None, None]:
     with tempfile.TemporaryFile() as caught:
         os.dup2(caught.fileno(), 2)
         try:
-            yield lambda: " ".join(os.pread(caught.fileno(), units.KiB, 0).decode().split())
+            yield lambda: " ".join(
+                os.pread(caught.fileno(), units.KiB, 0).decode(errors="replace").split()
+            )
         finally:
             os.dup2(saved, 2)
             os.close(saved)
 
 
 def _kernel_options(inventory: Inventory, options: MountOptions) -> set[str]:
-    # a comma would end the option, and the name is the pool's
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", inventory.pool.name or inventory.pool.uuid)
+    # a comma would end the option, the name is the pool's, and mount(2) takes a page of options
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", inventory.pool.name or inventory.pool.uuid)[:NAME_MAX]
     kernel = {f"fsname=cbtfs#{name}", "subtype=cbtfs", "default_permissions"}
     kernel |= {"ro", "nosuid", "nodev", "noexec"}
     return kernel | {"allow_other"} if options.allow_other else kernel

@@ -147,6 +147,15 @@ async def test_it_ends_under_those_who_use_it(pool: MemoryPool, tmp_path: Path) 
 
 
 @pytest.mark.fuse
+@pytest.mark.parametrize("name", ["x" * 5000, "é\n,ro=" * 1000])
+async def test_a_pool_may_have_any_name(pool: MemoryPool, tmp_path: Path, name: str) -> None:
+    inventory = memory.an_inventory(SNAPSHOT)
+    named = replace(inventory, pool=replace(inventory.pool, name=name))
+    async with mounted(pool, named, tmp_path / "mnt") as top:
+        assert await run("ls", top / "by-uuid")
+
+
+@pytest.mark.fuse
 async def test_restore_points_are_links_into_the_store(pool: MemoryPool, tmp_path: Path) -> None:
     time = "20261122T020000Z"
     point = tmp_path / "store" / memory.uuid_of(7) / time
