@@ -315,6 +315,22 @@ def flaw(files: ImageFiles, *, size: int) -> str:
     return ""
 
 
+def digests_match(files: ImageFiles, *, size: int, root: str) -> bool:
+    """Tell whether the digest array of an image of ``size`` bytes is there and has this root.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    if flaw(files, size=size):
+        return False
+    fd = files.folder.open_file(files.digests)
+    try:
+        with told("read", files.folder.path / files.digests):
+            return digest_root(fd) == root
+    finally:
+        os.close(fd)
+
+
 def _new_files(files: ImageFiles) -> tuple[int, int]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     fd = files.folder.open_file(files.name, flags=flags)

@@ -27,7 +27,7 @@ from types import TracebackType
 
 import msgspec
 
-from . import catalogue, damage, errors
+from . import catalogue, damage, errors, image as images
 from .catalogue import DiskPoint, Point
 from .folder import Folder
 from .image import Image, ImageFiles
@@ -209,9 +209,15 @@ class Stage(AbstractContextManager["Stage"]):
                 raise errors.ImageDamaged(
                     f"{point.path / base.file} is damaged, so it is no base for another copy"
                 )
+            files = ImageFiles(point, base.file, base.digests)
+            if not images.digests_match(files, size=base.size, root=base.digest_root):
+                raise errors.ImageDamaged(
+                    f"{point.path / base.digests} is not as it was committed, so {base.file} is"
+                    " no base for another copy"
+                )
             image = Image.clone(
                 self._files(file),
-                base=ImageFiles(point, base.file, base.digests),
+                base=files,
                 base_size=base.size,
                 size=size,
                 copied=copied,

@@ -80,7 +80,7 @@ def change(content: bytes, number: int) -> bytes:
     return content[:at] + random.Random(number).randbytes(BLOCK) + content[at + BLOCK :]
 
 
-def disk(root: str = "") -> DiskPoint:
+def disk(root: str) -> DiskPoint:
     return DiskPoint(
         device="xvda",
         file="xvda.raw",
@@ -96,7 +96,8 @@ def make_point(opened: Store, time: str, *, name: str, base: str, content: bytes
         with opened.stage(VM, time=time) as stage:
             stage.record(Intent(time=time, run="r", snapshot_name=f"s {time}", vm_uuid=VM))
             if base:
-                image = stage.cloned_image("xvda.raw", base_time=base, base=disk(), size=SIZE)
+                older = opened.catalogue().resolve(f"{VM}/{base}").point.disks[0]
+                image = stage.cloned_image("xvda.raw", base_time=base, base=older, size=SIZE)
             else:
                 image = stage.new_image("xvda.raw", size=SIZE)
             image.write(0, content)

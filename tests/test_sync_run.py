@@ -186,6 +186,19 @@ async def test_what_a_dead_run_left_of_an_excluded_disk_goes(small: Small, store
     assert small.bases() == ["v 0", "v 1"]
 
 
+async def test_a_base_whose_digests_changed_is_none(small: Small, store: Store) -> None:
+    async with opened(small.pool) as pool:
+        point = (await sync(pool, store)).point
+        assert point is not None
+        array = store.point_path(point.vm_uuid, point.time) / "xvdb.b3"
+        array.write_bytes(b"x" + array.read_bytes()[1:])
+
+        told = await sync(pool, store)
+
+    assert methods(told) == ALL_INCREMENTAL | {"xvdb": "full"}
+    assert not store.verify(store.catalogue().resolve("v/latest")).damaged
+
+
 # ── what happens between choosing, planning and the snapshot ─────────────────────────────────
 
 
