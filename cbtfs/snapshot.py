@@ -59,7 +59,7 @@ async def take(pool: Pool, plan: VMPlan, naming: Naming) -> Snapshot:
     if plan.vm_ref:
         ref = await pool.snapshot_vm(plan.vm_ref, naming.name)
         inventory = await pool.inventory()
-        snapshot = _of_vm(inventory, plan, ref)
+        snapshot = of_vm(inventory, plan, ref)
         await pool.tag("VM", ref, naming.owner)
         for vdi in (*snapshot.disks.values(), *snapshot.others):
             await pool.tag("VDI", vdi.ref, naming.owner)
@@ -70,15 +70,28 @@ async def take(pool: Pool, plan: VMPlan, naming: Naming) -> Snapshot:
     return Snapshot(inventory, disks={disk.device: _known(inventory, ref)})
 
 
-def _of_vm(inventory: Inventory, plan: VMPlan, ref: str) -> Snapshot:
+def of_vm(inventory: Inventory, plan: VMPlan, ref: str) -> Snapshot:
+    """Return what the snapshot VM ``ref`` holds, by the disks of ``plan``.
+
+    What stands in it as itself, or is attached elsewhere too, was not made by it: never ours. A
+    disk that its VM has twice may be there twice, as two snapshots.
+
+    Raises:
+        PoolError: there is no such VM.
+    """
     vm = inventory.vms.get(ref)
     if vm is None:
         raise errors.PoolError(f"the snapshot of VM {plan.vm_name!r} vanished as it was taken")
-    found = {disk.vdi.snapshot_of: disk.vdi for disk in inventory.disks_of(vm)}
-    disks = {d.device: found.pop(d.vdi_ref) for d in plan.disks if d.vdi_ref in found}
-    # a shared or read-only disk stands in the snapshot as itself: never ours
-    others = tuple(vdi for vdi in found.values() if vdi.is_a_snapshot)
-    return Snapshot(inventory, vm, disks, others)
+    here = set(vm.vbd_refs)
+    made = [
+        disk.vdi
+        for disk in inventory.disks_of(vm)
+        if disk.vdi.is_a_snapshot and here.issuperset(disk.vdi.vbd_refs)
+    ]
+    found = {vdi.snapshot_of: vdi for vdi in made}
+    disks = {d.device: found[d.vdi_ref] for d in plan.disks if d.vdi_ref in found}
+    chosen = {vdi.ref for vdi in disks.values()}
+    return Snapshot(inventory, vm, disks, tuple(vdi for vdi in made if vdi.ref not in chosen))
 
 
 def _known(inventory: Inventory, ref: str) -> VDI:

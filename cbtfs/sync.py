@@ -124,7 +124,7 @@ def _plan_one(
 
 def _without_damage(store: Store, key: str, disk: DiskPlan) -> DiskPlan:
     """Return ``disk``, in full if its base was found damaged."""
-    if disk.base is None or disk.device not in store.damaged(key, disk.base.time):
+    if disk.base is None or disk.base.disk.device not in store.damaged(key, disk.base.time):
         return disk
     detail = f"verify found damage in {disk.base.time}"
     return planning.fall_back(disk, reason=Reason.BASE_DAMAGED, detail=detail)
