@@ -283,14 +283,29 @@ class Pool:
         return found
 
     async def _snapshot_disks(self, vm_ref: str) -> list[str]:
-        """Return the snapshot disks of a snapshot VM that no other VM has."""
+        """Return the snapshot disks of a snapshot VM that no other VM has.
+
+        A control domain has a disk because somebody reads it, above all the run that made it.
+        """
         found: list[str] = []
         for vbd_ref in await self._session.fetch("VM.get_VBDs", vm_ref, type=list[str]):
             vbd = await self._session.fetch("VBD.get_record", vbd_ref, type=_Vbd)
             record = await self._record("VDI", vbd.VDI) if vbd.type == "Disk" else None
-            if record and record.is_a_snapshot and set(record.VBDs) == {vbd_ref}:
-                found.append(vbd.VDI)
+            if record and record.is_a_snapshot and vbd_ref in record.VBDs:
+                others = set(record.VBDs) - {vbd_ref}
+                if all([await self._is_of_dom0(other) for other in others]):
+                    found.append(vbd.VDI)
         return found
+
+    async def _is_of_dom0(self, vbd_ref: str) -> bool:
+        """Tell whether a control domain has this VBD, or had it until just now."""
+        try:
+            vm_ref = await self._session.fetch("VBD.get_VM", vbd_ref, type=str)
+            return await self._session.fetch("VM.get_is_control_domain", vm_ref, type=bool)
+        except errors.XapiFailure as exc:
+            if exc.code == "HANDLE_INVALID":
+                return True
+            raise
 
     async def _ours(self, class_name: str, ref: str) -> bool:
         """Tell whether the object exists; raise unless it is then a snapshot tagged as ours."""

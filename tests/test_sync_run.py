@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import trio
 
-from cbtfs import catalogue, errors, store as stores, sync as syncs, units
+from cbtfs import catalogue, errors, pool as pools, store as stores, sync as syncs, units
 from cbtfs.inventory import Inventory
 from cbtfs.pool import Pool
 from cbtfs.progress import SilentProgress
@@ -346,3 +346,18 @@ async def test_a_point_that_cannot_be_committed_leaves_nothing(
         assert not list(store.path.glob("*/.partial*"))
 
         assert methods(await sync(pool, store)) == ALL_INCREMENTAL
+
+
+async def test_a_disk_that_a_control_domain_still_holds_is_taken_back_too(
+    small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(stage: Stage, point: object) -> tuple[str, ...]:
+        raise errors.StoreFull("no space left")
+
+    monkeypatch.setattr(Stage, "commit", full)
+    monkeypatch.setattr(pools, "_IN_USE_PAUSE", 0.1)
+    small.pool.set("nbd.leak", "on")
+    async with opened(small.pool) as pool:
+        await sync(pool, store)
+
+    assert small.snapshots() == []
