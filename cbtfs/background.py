@@ -43,6 +43,8 @@ def start_background(argv: Sequence[str], *, log_file: Path | None = None) -> in
     """
     read_end, write_end = os.pipe()
     log = log_file or default_log_file()
+    # an exception of a signal handler shall find somebody who knows of the child
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         os.set_inheritable(write_end, True)
         pid = os.posix_spawn(
@@ -51,14 +53,16 @@ def start_background(argv: Sequence[str], *, log_file: Path | None = None) -> in
             {**os.environ, READY_FD: str(write_end), LOG_FILE: str(log)},
             file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
             setsid=True,
+            setsigmask=mask,
         )
         os.close(write_end)
         write_end = -1
-        return _await_ready(pid, read_end)
+        return _await_ready(pid, read_end, mask=mask)
     finally:
         os.close(read_end)
         if write_end >= 0:
             os.close(write_end)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def announce_ready() -> None:
@@ -96,14 +100,18 @@ def default_log_file() -> Path:
     return Path(platformdirs.user_log_dir("cbtfs")) / "cbtfs.log"
 
 
-def _await_ready(pid: int, pipe: int) -> int:
+def _await_ready(pid: int, pipe: int, *, mask: set[int]) -> int:
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if os.read(pipe, 1):
             return 0
         _, status = os.waitpid(pid, 0)
     except BaseException as exc:  # KeyboardInterrupt, or what a handler of SIGTERM raises
-        os.kill(pid, signal.SIGTERM)
-        os.waitpid(pid, 0)
+        asked = signal.SIGINT if isinstance(exc, KeyboardInterrupt) else signal.SIGTERM
+        os.kill(pid, asked)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == 128 + asked:  # interrupted, and it has said so
+            return code
         if isinstance(exc, KeyboardInterrupt):
             raise errors.Interrupted(signal.SIGINT) from None
         raise
