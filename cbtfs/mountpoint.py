@@ -26,8 +26,9 @@ PID_XATTR = "user.cbtfs.pid"
 ANSWER_LIMIT = 10.0
 """Seconds that the process behind a mount gets to tell who it is."""
 
-END_LIMIT = 180.0
-"""Seconds that it gets, once unmounted, to close its connections and destroy its snapshots."""
+END_LIMIT = 300.0
+"""Seconds that it gets, once unmounted, to close its connections and destroy its snapshots. If the
+pool went silent while a snapshot is taken, it gives up after 200 s (measured)."""
 
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 """What a mount answers whose process has died; the second to what was under way then."""
