@@ -117,12 +117,15 @@ async def retire(
     cleaner = _Cleaner(pool)
     if snapshot.vm is not None:
         await cleaner.destroy_vm(snapshot.vm)
+    held_by_vm = bool(cleaner.problems)
     kept = set(committed)
     bases = [vdi for device, vdi in snapshot.disks.items() if device in kept]
     failed = [vdi for device, vdi in snapshot.disks.items() if device not in kept]
     old = _superfluous(snapshot.inventory, bases, history, owner)
     for vdi in (*failed, *snapshot.others, *old):
         await cleaner.destroy_vdi(vdi)
+    if held_by_vm:
+        return cleaner.problems  # their data goes with the next run, when they are replaced
     for vdi in bases:
         await cleaner.keep_as_base(vdi)
     return cleaner.problems
