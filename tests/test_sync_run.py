@@ -39,17 +39,19 @@ class Small:
         """Make a disk and plug it into ``v``; return its ref."""
         shared = next(r for r, sr in self.api.records("SR").items() if sr["type"] == "nfs")
         record = {"name_label": name, "SR": shared, "virtual_size": str(SIZE), "type": "user"}
-        rest = {"sharable": False, "read_only": False, "other_config": {}}
-        vdi = self.api.text("VDI.create", record | rest)
+        none: dict[str, object] = {}
+        rest = {"sharable": False, "read_only": False, "other_config": none}
+        vdi = self.api.text("VDI.create", {**record, **rest})
         self.attach(vdi, number)
         return vdi
 
     def attach(self, vdi: str, number: int) -> None:
         """Plug a disk into ``v``."""
         record = {"VM": self.vm, "VDI": vdi, "userdevice": str(number), "mode": "RW"}
-        rest = {"type": "Disk", "bootable": False, "empty": False, "other_config": {}}
-        qos = {"qos_algorithm_type": "", "qos_algorithm_params": {}, "unpluggable": True}
-        vbd = self.api.text("VBD.create", record | rest | qos)
+        none: dict[str, object] = {}
+        rest = {"type": "Disk", "bootable": False, "empty": False, "other_config": none}
+        qos = {"qos_algorithm_type": "", "qos_algorithm_params": none, "unpluggable": True}
+        vbd = self.api.text("VBD.create", {**record, **rest, **qos})
         if self.api.text("VM.get_power_state", self.vm) == "Running":
             self.api.call("VBD.plug", vbd)
 
