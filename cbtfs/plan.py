@@ -313,7 +313,7 @@ def select_vms(inventory: Inventory, patterns: Sequence[str]) -> list[VM]:
     chosen: set[str] = set()
     for pattern in patterns:
         found = {vm.ref for vm in vms if _selects(inventory, pattern, vm)}
-        if not found and not _is_open(pattern):
+        if not found and not is_open(pattern):
             raise errors.NotFound(f"pool {inventory.pool.name!r} has no VM called {pattern!r}")
         chosen |= found
     if not chosen:
@@ -322,8 +322,8 @@ def select_vms(inventory: Inventory, patterns: Sequence[str]) -> list[VM]:
     return [vm for vm in vms if vm.ref in chosen]
 
 
-def _is_open(pattern: str) -> bool:
-    """Tell whether it is in order that ``pattern`` selects nothing."""
+def is_open(pattern: str) -> bool:
+    """Tell whether it is in order that ``pattern``, of ``select_vms``, selects nothing."""
     return pattern.startswith(("tag:", "sr:")) or any(c in pattern for c in "*?[")
 
 

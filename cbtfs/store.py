@@ -45,6 +45,7 @@ __all__ = [
     "Leftover",
     "Stage",
     "Store",
+    "Unlisted",
     "VerifyResult",
     "file_names",
     "open_store",
@@ -88,6 +89,15 @@ class VerifyResult:
     def damaged(self) -> bool:
         """Whether any disk is damaged."""
         return any(result.damage.found for result in self.disks)
+
+
+@dataclass(frozen=True, slots=True)
+class Unlisted:
+    """A restore point that is not listed, because something of it is missing or unreadable."""
+
+    vm_uuid: str
+    time: str
+    why: str
 
 
 @contextmanager
@@ -149,12 +159,14 @@ class Store:
         path: of its directory.
         uuid: its identity, which tags in the pool name.
         problems: sentences about what the last ``catalogue`` found amiss.
+        unlisted: the points among that; damage, if anybody trusted in them.
     """
 
     def __init__(self, folder: Folder, identity: str) -> None:
         self.path = folder.path
         self.uuid = identity
         self.problems: tuple[str, ...] = ()
+        self.unlisted: tuple[Unlisted, ...] = ()
         self._folder = folder
         self._staged: set[tuple[str, str]] = set()
 
@@ -170,16 +182,21 @@ class Store:
             StoreError: the store's own directory cannot be read.
         """
         problems: list[str] = []
+        unlisted: list[Unlisted] = []
         histories: dict[str, VMHistory] = {}
         for name in self._folder.names():
             if _VM_FOLDER.fullmatch(name):
-                points = self._read_vm(name, problems)
+                points = self._read_vm(name, problems, unlisted)
                 if points:
                     histories[name] = catalogue.history_of(name, points)
-        self.problems = tuple(problems)
+        problems += [
+            f"{self.point_path(point.vm_uuid, point.time)} is not listed: {point.why}"
+            for point in unlisted
+        ]
+        self.problems, self.unlisted = tuple(problems), tuple(unlisted)
         return Catalogue(histories)
 
-    def _read_vm(self, vm_uuid: str, problems: list[str]) -> list[Point]:
+    def _read_vm(self, vm_uuid: str, problems: list[str], unlisted: list[Unlisted]) -> list[Point]:
         points: list[Point] = []
         with ExitStack() as stack:
             try:
@@ -192,7 +209,7 @@ class Store:
                 try:
                     points.append(_read_point(vm, time, vm_uuid=vm_uuid))
                 except errors.StoreError as exc:
-                    problems.append(f"{vm.path / time} is not listed: {exc}")
+                    unlisted.append(Unlisted(vm_uuid, time, str(exc)))
         return points
 
     def damaged(self, vm_uuid: str, time: str) -> frozenset[str]:

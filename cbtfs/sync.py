@@ -68,6 +68,8 @@ class SyncOptions:
 class Outcome:
     """What became of one VM; ``point`` is None if nothing was committed.
 
+    Without ``error`` nothing had to be: the VM has no disk that can be synced.
+
     ``plan`` is None if the run failed before it could plan; ``problems`` are sentences about what
     was left behind in the pool.
     """
@@ -192,7 +194,7 @@ class _VMRun:
         )
         outcome = replace(outcome, plan=plan)
         if not plan.disks:
-            raise errors.UsageError(f"{plan.vm_name} has no disk that can be synced")
+            return outcome  # what was skipped, and why, is in the plan
         await self._pool.check_nbd()
         for disk in plan.disks:
             if disk.enable_cbt:

@@ -124,12 +124,12 @@ def test_info_shows_one_disk_in_full(cbtfs: Program) -> None:
 def test_info_of_a_snapshot_says_what_it_is_of(cbtfs: Program) -> None:
     live = cbtfs.json("info", "web1/xvda")["vdi"]
     assert isinstance(live, dict)
-    snapshot = str(live["snapshots"][0]).split()[0]
+    snapshot = str(live["snapshots"][0]["uuid"])
 
     shown = cbtfs.json("info", snapshot)["vdi"]
 
     assert isinstance(shown, dict)
-    assert shown["snapshot of"] == live["uuid"]
+    assert shown["snapshot_of"] == live["uuid"]
 
 
 def test_doctor_finds_the_pool_in_order(cbtfs: Program) -> None:
@@ -224,12 +224,58 @@ def test_damage_is_status_4_and_says_where(cbtfs: Program, tmp_path: Path) -> No
     assert "  damaged: bytes 131072 to 196608\n" in result.out
 
 
-def test_vm_without_a_disk_to_copy_fails_and_others_do_not(cbtfs: Program) -> None:
+def test_vm_without_a_disk_to_copy_is_left_out_with_the_reason(cbtfs: Program) -> None:
     result = cbtfs("sync", "--vm", "kiosk", "--vm", "app1")
 
-    assert result.status == 3
-    assert result.err.count("kiosk") >= 1
+    assert result.status == 0
+    assert "kiosk/xvda left out: xapi takes no snapshot of a disk that is reset" in result.err
     assert "app1/xvda" in result.out
+
+
+def test_nothing_but_a_vm_without_a_disk_to_copy_is_a_failure(cbtfs: Program) -> None:
+    assert cbtfs("sync", "--vm", "kiosk").status == 1
+
+
+def test_one_name_that_is_not_there_does_not_stop_the_others(cbtfs: Program) -> None:
+    result = cbtfs("sync", "--vm", "gone", "--vm", "app1", "--vm", "tag:none")
+
+    assert result.status == 3
+    assert result.err.count("no VM called 'gone'") == 1
+    assert "app1/xvda" in result.out
+
+
+def test_a_job_that_fails_does_not_stop_the_others(
+    capsys: pytest.CaptureFixture[str], pool: RunningPool, environment: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "cbtfs.toml"
+    jobs = '[job.bad]\npool = "sim"\nvms = ["gone"]\n[job.good]\npool = "sim"\nvms = ["app1"]\n'
+    path.write_text(pool.config.read_text() + jobs)
+    program = Program(capsys, "--config", str(path), "--store", str(tmp_path / "store"))
+
+    result = program("--json", "sync", "bad", "good")
+
+    assert result.status == 3
+    told = synced(msgspec.json.decode(result.out, type=dict[str, object]))
+    assert [vm.point is not None for vm in told] == [False, True]
+
+
+def test_a_point_that_cannot_be_listed_is_damage(cbtfs: Program, tmp_path: Path) -> None:
+    cbtfs("sync", "--vm", "app1")
+    cbtfs("sync", "--vm", "app1")
+    latest = (tmp_path / "store" / "by-name" / "app1" / "latest").resolve()
+    (latest / "xvdb.raw").unlink()
+
+    everything, one, newest = (
+        cbtfs("verify", *points) for points in ([], [f"app1/{latest.name}"], ["app1/latest"])
+    )
+
+    for result in (everything, one, newest):
+        assert result.status == 4
+        assert f"app1/{latest.name}  DAMAGED: xvdb.raw is missing" in result.out
+    assert "app1/xvda" not in newest.out
+    assert cbtfs("verify", "app1/latest~0").status == 0
+    [line] = [text for text in cbtfs("list").out.splitlines() if latest.name in text]
+    assert line.endswith("damaged, see the warning")
 
 
 def test_disk_without_a_vm_is_synced_by_its_uuid(cbtfs: Program) -> None:

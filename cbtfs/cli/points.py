@@ -1,6 +1,6 @@
 """``list`` and ``verify``: what a store has, and whether it is undamaged."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -8,7 +8,7 @@ import typer
 
 from cbtfs import damage, units
 from cbtfs.catalogue import Catalogue, Point, Reference, VMHistory
-from cbtfs.store import DiskResult, Store, VerifyResult
+from cbtfs.store import DiskResult, Store, Unlisted, VerifyResult
 
 from . import context as contexts, listing, output
 from .output import Table
@@ -40,27 +40,47 @@ def list_points(
         catalogue, _ = contexts.catalogue_of(store)
         histories = listing.matching(catalogue.vms.values(), vm or [])
         if options.json:
-            output.document({"store": _store_document(store), "vms": _document(histories)})
+            output.document({"store": _store_document(store), "vms": _document(store, histories)})
         else:
-            _print(catalogue, histories)
+            _print(store, catalogue, histories)
 
 
-def _print(catalogue: Catalogue, histories: Sequence[VMHistory]) -> None:
+def _print(store: Store, catalogue: Catalogue, histories: Sequence[VMHistory]) -> None:
     table = Table(
         ["POINT", ">DISKS", ">SIZE", ">READ", ">WRITTEN", "METHOD", "STATE"], flexible=(0,)
     )
     for history in histories:
-        for point in history.points:
-            table.add(
-                f"{_label(catalogue, history)}/{point.time}",
-                str(len(point.disks)),
-                units.format_size(sum(disk.size for disk in point.disks)),
-                units.format_size(sum(disk.bytes_read for disk in point.disks)),
-                units.format_size(sum(disk.bytes_written for disk in point.disks)),
-                ", ".join(sorted({_method(disk.method, disk.reason) for disk in point.disks})),
-                point.state,
-            )
+        label = _label(catalogue, history)
+        rows = [_row(store, label, point) for point in history.points]
+        rows += [
+            (f"{label}/{point.time}", *("-",) * 5, "damaged, see the warning")
+            for point in store.unlisted
+            if point.vm_uuid == history.uuid
+        ]
+        for row in sorted(rows):
+            table.add(*row)
     table.print()
+
+
+def _row(store: Store, label: str, point: Point) -> tuple[str, ...]:
+    return (
+        f"{label}/{point.time}",
+        str(len(point.disks)),
+        units.format_size(sum(disk.size for disk in point.disks)),
+        units.format_size(sum(disk.bytes_read for disk in point.disks)),
+        units.format_size(sum(disk.bytes_written for disk in point.disks)),
+        ", ".join(sorted({_method(disk.method, disk.reason) for disk in point.disks})),
+        _state(store, point),
+    )
+
+
+def _state(store: Store, point: Point) -> str:
+    """Return whether all disks are there, and undamaged as far as ``verify`` has looked."""
+    state = point.state
+    if point.failures:
+        state += f" (without {', '.join(failure.device for failure in point.failures)})"
+    damaged = store.damaged(point.vm_uuid, point.time)
+    return f"{state}, damaged: {', '.join(sorted(damaged))}" if damaged else state
 
 
 def _label(catalogue: Catalogue, history: VMHistory) -> str:
@@ -77,12 +97,21 @@ def _store_document(store: Store) -> dict[str, object]:
     return {"path": str(store.path), "uuid": store.uuid}
 
 
-def _document(histories: Sequence[VMHistory]) -> list[dict[str, object]]:
+def _document(store: Store, histories: Sequence[VMHistory]) -> list[dict[str, object]]:
     return [
         {
             "name": history.name,
             "uuid": history.uuid,
-            "points": [msgspec.to_builtins(point) for point in history.points],
+            "points": [
+                msgspec.to_builtins(point)
+                | {"damaged": sorted(store.damaged(point.vm_uuid, point.time))}
+                for point in history.points
+            ],
+            "unlisted": [
+                {"time": point.time, "why": point.why}
+                for point in store.unlisted
+                if point.vm_uuid == history.uuid
+            ],
         }
         for history in histories
     ]
@@ -104,7 +133,8 @@ def verify(
     damaged = False
     with contexts.opened_store(options) as store:
         catalogue, _ = contexts.catalogue_of(store)
-        for reference in _references(catalogue, points or []):
+        references, unlisted = _chosen(store, catalogue, points or [])
+        for reference in references:
             result = store.verify(reference)
             name = f"{_label(catalogue, reference.history)}/{result.point.time}"
             damaged = damaged or result.damaged
@@ -113,18 +143,63 @@ def verify(
             documents.append(_result_document(name, result))
             if not options.json:
                 _print_result(name, result)
+        for point in unlisted:
+            name = f"{_label_of(catalogue, point.vm_uuid)}/{point.time}"
+            documents.append(_unlisted_document(name, point))
+            if not options.json:
+                output.line(output.safe(f"{name}  DAMAGED: {point.why}"))
     if options.json:
-        output.document({"damaged": damaged, "points": documents})
-    if damaged:
+        output.document({"damaged": damaged or bool(unlisted), "points": documents})
+    if damaged or unlisted:
         raise typer.Exit(DAMAGED)
 
 
-def _references(catalogue: Catalogue, points: Sequence[str]) -> Iterator[Reference]:
-    if points:
-        yield from [catalogue.resolve(text) for text in points]
-        return
-    for history in listing.matching(catalogue.vms.values(), []):
-        yield from (Reference(history, point) for point in history.points)
+def _chosen(
+    store: Store, catalogue: Catalogue, points: Sequence[str]
+) -> tuple[list[Reference], list[Unlisted]]:
+    """Return what to verify, and which points meant by ``points`` cannot even be listed."""
+    if not points:
+        histories = listing.matching(catalogue.vms.values(), [])
+        return [Reference(h, point) for h in histories for point in h.points], list(store.unlisted)
+    references: list[Reference] = []
+    unlisted: list[Unlisted] = []
+    for text in points:
+        broken = _unlisted_called(store, catalogue, text)
+        unlisted += broken
+        if not broken:
+            references.append(catalogue.resolve(text))
+    return references, unlisted
+
+
+def _unlisted_called(store: Store, catalogue: Catalogue, text: str) -> list[Unlisted]:
+    """Return the point that ``text`` names, if it is one that is not listed.
+
+    ``latest`` is the newest directory there is: an older point must not pass for it.
+    """
+    vm, _, time = text.rpartition("/")
+    label = {h.uuid: {h.name, h.uuid} for h in catalogue.vms.values()}
+    found = [p for p in store.unlisted if vm in label.get(p.vm_uuid, {p.vm_uuid})]
+    if time != "latest":
+        return [point for point in found if point.time == time]
+    newest = max((point.time for h in catalogue.vms.values() if vm in label[h.uuid]
+                  for point in h.points), default="")  # fmt: skip
+    return [p for p in found if p.time > newest and p.time == max(q.time for q in found)]
+
+
+def _label_of(catalogue: Catalogue, vm_uuid: str) -> str:
+    history = catalogue.vms.get(vm_uuid)
+    return _label(catalogue, history) if history else vm_uuid
+
+
+def _unlisted_document(name: str, point: Unlisted) -> dict[str, object]:
+    return {
+        "point": name,
+        "vm_uuid": point.vm_uuid,
+        "time": point.time,
+        "problem": point.why,
+        "disks": [],
+        "failures": [],
+    }
 
 
 def _print_result(name: str, result: VerifyResult) -> None:

@@ -155,7 +155,7 @@ def info(
         output.document({"vdi": {**facts, "next": _next_document(row)}})
         return
     for key, value in facts.items():
-        output.line(f"{key + ':':<14}{output.safe(_text(value))}")
+        output.line(f"{key.replace('_', ' ') + ':':<14}{output.safe(_text(value))}")
     if row.next is not None or row.skipped:
         why = f"{row.next.method}: {row.next.detail}" if row.next else f"skip: {row.skipped}"
         output.line(f"{'next sync:':<14}{output.safe(why)}")
@@ -183,12 +183,14 @@ def _facts(inventory: Inventory, row: DiskRow) -> dict[str, object]:
         "size": vdi.size,
         "used": vdi.used,
         "cbt": row.cbt,
-        "attached to": [f"{vm.name}/{vbd.device}" for vm, vbd in holders if vm is not None],
-        "snapshot of": origin.uuid if vdi.is_a_snapshot and origin else None,
+        "attached_to": [f"{vm.name}/{vbd.device}" for vm, vbd in holders if vm is not None],
+        "snapshot_of": origin.uuid if vdi.is_a_snapshot and origin else None,
         "taken": vdi.snapshot_time.isoformat() if vdi.is_a_snapshot else None,
-        "snapshots": [f"{s.uuid} {s.snapshot_time:%Y%m%dT%H%M%SZ}" for s in row.snapshots],
+        "snapshots": [
+            {"uuid": s.uuid, "taken": s.snapshot_time.isoformat()} for s in row.snapshots
+        ],
         "readable": vdi.is_readable,
-        "last point": row.last_point or None,
+        "last_point": row.last_point or None,
     }
 
 
@@ -198,5 +200,6 @@ def _text(value: object) -> str:
     if isinstance(value, int):
         return f"{units.format_size(value)} ({value})"
     if isinstance(value, list):
-        return ", ".join(msgspec.convert(value, list[str])) or "-"
+        items = msgspec.convert(value, list[str | dict[str, str]])
+        return ", ".join(i if isinstance(i, str) else " ".join(i.values()) for i in items) or "-"
     return str(value) if value else "-"

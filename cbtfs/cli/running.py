@@ -1,7 +1,7 @@
 """Running: the only ``trio.run()``, and what a signal does to it.
 
-SIGINT and SIGTERM cancel the work once; it cleans up behind itself and the command ends with 130
-or 143. A second signal ends the process at once.
+SIGINT, SIGTERM and SIGHUP (the terminal went away) cancel the work once; it cleans up behind itself
+and the command ends with 130, 143 or 129. A second signal ends the process at once.
 """
 
 import os
@@ -29,7 +29,7 @@ async def _supervised(work: Callable[[], Awaitable[_T]]) -> _T:
     results: list[_T] = []
     signals: list[int] = []
     scope = trio.CancelScope()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+    with trio.open_signal_receiver(*_signals()) as received:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_watch, received, scope, signals)
             with scope:
@@ -46,3 +46,11 @@ async def _watch(received: AsyncIterator[int], scope: trio.CancelScope, signals:
             os._exit(128 + signum)  # whoever asks twice does not want to wait for the cleaning up
         signals.append(signum)
         scope.cancel()
+
+
+def _signals() -> list[int]:
+    """Return what ends a command; under nohup(1) the end of the terminal does not."""
+    asked: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    return asked

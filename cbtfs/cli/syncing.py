@@ -32,9 +32,10 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: where from and to (in ``options``), what, and how."""
+    """One run: where from and to (in ``options``), what, and how; ``name`` is that of its job."""
 
     options: Globals
+    name: str = "sync"
     vms: tuple[str, ...] = ()
     vdis: tuple[str, ...] = ()
     how: SyncOptions = field(default_factory=SyncOptions)
@@ -96,7 +97,7 @@ def _runs(
     if vms or vdis:
         if jobs:
             raise errors.UsageError("give jobs, or --vm and --vdi, not both")
-        return [Run(options, tuple(vms), tuple(vdis), how)]
+        return [Run(options, vms=tuple(vms), vdis=tuple(vdis), how=how)]
     configuration = options.configuration()
     names = list(jobs) or list(configuration.jobs)
     if not names:
@@ -110,7 +111,12 @@ def _runs(
             options, pool=options.pool or job.pool or None, store=options.store or job.store or None
         )
         runs.append(
-            Run(chosen, job.vms or ("*",), (), replace(how, exclude_disks=job.exclude_disks))
+            Run(
+                chosen,
+                name=f"job {name}",
+                vms=job.vms or ("*",),
+                how=replace(how, exclude_disks=job.exclude_disks),
+            )
         )
     for warning in config.warnings(configuration):
         contexts.warn(warning)
@@ -123,6 +129,28 @@ def _targets(inventory: Inventory, run: Run) -> list[Target]:
         chosen += planning.select_vms(inventory, run.vms)
     chosen += [inventory.vdi_by_uuid(uuid) for uuid in run.vdis]
     return chosen
+
+
+def _targets_there(inventory: Inventory, run: Run) -> tuple[list[Target], list[Outcome]]:
+    """Return what of ``run`` is there, and a failed outcome for each name that is not.
+
+    Raises:
+        NotFound: nothing is.
+    """
+    wanted = [replace(run, vms=(vm,), vdis=()) for vm in run.vms]
+    wanted += [replace(run, vms=(), vdis=(vdi,)) for vdi in run.vdis]
+    chosen: dict[str, Target] = {}
+    missing: list[Outcome] = []
+    for one in wanted:
+        (name,) = one.vms or one.vdis
+        try:
+            chosen |= {target.ref: target for target in _targets(inventory, one)}
+        except errors.NotFound as exc:
+            if one.vdis or not planning.is_open(name):
+                missing.append(Outcome("", name, error=exc))
+    if not chosen and not missing:
+        _targets(inventory, run)  # says that nothing matches
+    return list(chosen.values()), missing
 
 
 @asynccontextmanager
@@ -293,15 +321,23 @@ class Failures:
 
 
 async def _run_all(runs: Sequence[Run], kind: progress.Kind, failures: Failures) -> list[Outcome]:
+    outcomes: list[Outcome] = []
     with progress.open_progress(kind, sys.stderr) as failures.view:
-        return [outcome for run in runs for outcome in await _run(run, failures)]
+        for run in runs:
+            try:
+                outcomes += await _run(run, failures)
+            except errors.CbtfsError as exc:
+                # what other jobs have done, and will do, is not to be lost for this one
+                outcomes.append(Outcome("", run.name, error=exc))
+    return outcomes
 
 
 async def _run(run: Run, view: Progress) -> list[Outcome]:
     with contexts.opened_store(run.options, create=True) as store:
         async with _opened(run, store) as (pool, inventory):
-            targets = _targets(inventory, run)
-            return await syncs.run(pool, store, targets, progress=view, options=run.how)
+            targets, missing = _targets_there(inventory, run)
+            done = await syncs.run(pool, store, targets, progress=view, options=run.how)
+            return [*missing, *done]
 
 
 def _show_outcomes(options: Globals, outcomes: Sequence[Outcome], failures: Failures) -> None:
@@ -340,7 +376,7 @@ def outcome_document(outcome: Outcome) -> dict[str, object]:
         "vm": outcome.vm_name,
         "uuid": outcome.vm_uuid,
         "point": point.time if point else None,
-        "state": point.state if point else "failed",
+        "state": point.state if point else "failed" if outcome.error else "skipped",
         "disks": [
             {
                 "device": disk.device,
@@ -372,10 +408,15 @@ def outcome_document(outcome: Outcome) -> dict[str, object]:
 
 
 def exit_status(outcomes: Sequence[Outcome]) -> int:
-    """Return 0 if all is done, 3 if only some is, else the status of what went wrong."""
+    """Return 0 if all is done, 3 if only some is, else the status of what went wrong.
+
+    A VM none of whose disks can be synced is no failure, unless nothing else was asked for.
+    """
     failed = [outcome.error for outcome in outcomes if outcome.error is not None]
     partial = any(o.point is not None and o.point.state == "partial" for o in outcomes)
     if partial or (failed and len(failed) < len(outcomes)):
         return PARTIAL
-    statuses = {error.exit_code for error in failed}
-    return statuses.pop() if len(statuses) == 1 else int(bool(statuses))
+    if not any(outcome.point for outcome in outcomes):
+        statuses = {error.exit_code for error in failed}
+        return statuses.pop() if len(statuses) == 1 else 1
+    return 0
