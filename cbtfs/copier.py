@@ -137,13 +137,17 @@ class Copier:
         attempts = 0
         while attempts < ATTEMPTS and self._error is None:
             before = self.tally.pieces
+            connected = False
             failure: errors.CbtfsError | None
             try:
                 async with self._connect() as export:
+                    connected = True
                     failure = await self._drain(pieces, export, everyone)
             except errors.CbtfsError as exc:
                 failure = exc
             attempts = 0 if self.tally.pieces > before else attempts + 1
+            if not connected:
+                attempts = ATTEMPTS  # every host was tried, several times: see exports
             if failure is None or not self._may_retry(failure, attempts, everyone):
                 break
         self._serving -= 1

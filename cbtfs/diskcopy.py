@@ -9,7 +9,7 @@ The plan was made before the snapshot was taken, so what the snapshot shows goes
 size, and whether the pool can really name the changed blocks.
 """
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -17,7 +17,7 @@ from typing import Self
 
 import trio
 
-from . import errors, plan as planning
+from . import errors, plan as planning, units
 from .bitmap import ChangeBitmap
 from .catalogue import DiskPoint
 from .copier import Copier, Source
@@ -60,11 +60,24 @@ async def copy_disk(
     """
     begun = monotonic()
     work = await _decide(pool, disk, vdi)
+    spent = 0
+
+    def copied(count: int) -> None:
+        nonlocal spent
+        spent += count
+        # without reflinks a clone takes long, and must not outlive a Ctrl-C
+        trio.from_thread.check_cancelled()
+
     try:
-        image = await trio.to_thread.run_sync(work.open_image, stage)
+        image = await trio.to_thread.run_sync(work.open_image, stage, copied)
     except errors.ImageDamaged as exc:
         work = _Work.full(disk, vdi, reason=Reason.BASE_DAMAGED, detail=str(exc))
-        image = await trio.to_thread.run_sync(work.open_image, stage)
+        image = await trio.to_thread.run_sync(work.open_image, stage, copied)
+    if image.origin == "copy":
+        told.progress.message(
+            f"{told.key}: the store cannot share blocks (no XFS or btrfs), so"
+            f" {units.format_size(spent)} of the last image were copied, and take space again"
+        )
     told.progress.disk_started(
         told.key, method=work.disk.method, reason=work.disk.reason, total=work.bytes_changed
     )
@@ -159,8 +172,8 @@ class _Work:
         """Return how many extents there are to read."""
         return self.changes.extent_count() if self.changes is not None else int(self.size > 0)
 
-    def open_image(self, stage: Stage) -> Image:
-        """Make the image to copy into."""
+    def open_image(self, stage: Stage, copied: Callable[[int], None]) -> Image:
+        """Make the image to copy into; ``copied`` hears of the bytes where a clone is a copy."""
         file, _ = file_names(self.disk.device)
         if self.base is None:
             return stage.new_image(file, size=self.size)
@@ -169,6 +182,5 @@ class _Work:
             base_time=self.base.time,
             base=self.base.disk,
             size=self.size,
-            # without reflinks a clone takes long, and must not outlive a Ctrl-C
-            copied=lambda _: trio.from_thread.check_cancelled(),
+            copied=copied,
         )

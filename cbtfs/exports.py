@@ -146,7 +146,8 @@ class Exports:
                 try:
                     return await self._try(address, stack)
                 except errors.ExportError as exc:
-                    logger.info("%s", exc)
+                    # nothing is copied meanwhile, which can take minutes: whoever waits is told
+                    logger.warning("%s; trying again", exc)
                     last = exc
                     self._failed[self._key(address)] = trio.current_time()
         raise errors.ExportLost(

@@ -4,7 +4,8 @@ Life of a snapshot, each step tagged and repeatable::
 
     take ──> copied ──> committed ──> retire    its disks become bases: metadata only,
       │                                         the bases before them are destroyed
-      └───────────────> failed ─────> discard   all of it is destroyed, older bases stay
+      └───────────────> failed                  all of it is destroyed by its name, as what dead
+                                                runs left is; older bases stay
 
 Rules of this file:
 
@@ -174,16 +175,6 @@ def is_base_of(record: VDI | VM, owner: Owned) -> bool:
         and tag is not None
         and (tag.role, tag.store, tag.vm) == ("base", owner.store, owner.vm)
     )
-
-
-async def discard(pool: Pool, snapshot: Snapshot) -> list[str]:
-    """Destroy the whole snapshot; the sentences returned say what could not be."""
-    cleaner = _Cleaner(pool)
-    if snapshot.vm is not None:
-        await cleaner.destroy_vm(snapshot.vm)
-    for vdi in (*snapshot.disks.values(), *snapshot.others):
-        await cleaner.destroy_vdi(vdi)
-    return cleaner.problems
 
 
 async def clear_vms(pool: Pool, inventory: Inventory, vm: VM, owner: Owned) -> list[str]:

@@ -155,6 +155,14 @@ async def test_gives_up_on_a_server_that_gets_no_further(content: bytes) -> None
     assert server.connections == 1 + copier.ATTEMPTS
 
 
+async def test_hosts_that_let_nobody_in_are_not_asked_again(content: bytes) -> None:
+    server = Server(content, iter([LOST, 10**6]))
+
+    with pytest.raises(errors.ExportLost):
+        await copy(server.connect, Image(), connections=1)
+    assert server.connections == 1
+
+
 async def test_one_connection_is_enough(content: bytes) -> None:
     refused = errors.ExportError("all slots are taken")
     image = Image()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cbtfs import units
+from cbtfs import image, units
 
 from .commands import Leftovers, Shell, guest_content, items, leftovers, number
 from .simulated import Api, RunningPool, running_pool
@@ -155,6 +155,18 @@ def test_unchanged_extents_are_shared_on_xfs(
     ).stdout
     assert "shared" in extents
     assert added < 4 * units.MiB, units.format_size(added)
+
+
+def test_without_reflinks_it_says_what_that_costs(pool: RunningPool, tmp_path: Path) -> None:
+    if image.reflink_supported(tmp_path):
+        pytest.skip("the usual file system has reflinks: nothing is copied")
+    shell = Shell(pool, tmp_path / "store")
+    shell.sync("db1")
+
+    told = shell.run("sync", "--vm", "db1").stderr
+
+    assert "cannot share blocks" in told
+    assert "11.6 MiB of the last image were copied" in told
 
 
 def disk_used(path: Path) -> int:
