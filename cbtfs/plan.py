@@ -194,7 +194,7 @@ def _plan_disk(
     vdi = disk.vdi
     sr = inventory.srs.get(vdi.sr_ref)
     base, flaw = _find_base(inventory, vdi, history, store=store)
-    obstacle = _tracking_obstacle(inventory, vdi)
+    obstacle = tracking_obstacle(inventory, vdi)
     plan = DiskPlan(
         device=disk.device,
         vdi_uuid=vdi.uuid,
@@ -238,7 +238,7 @@ def _novelty(disk: Disk, history: VMHistory | None) -> tuple[bool, Reason, str]:
     return (True, Reason.FIRST, "no restore point has this disk yet")
 
 
-def _tracking_obstacle(inventory: Inventory, vdi: VDI) -> str:
+def tracking_obstacle(inventory: Inventory, vdi: VDI) -> str:
     """Return why changes of ``vdi`` cannot be tracked, "" if they can."""
     sr = inventory.srs.get(vdi.sr_ref)
     if sr is None or not sr.cbt_capable:

@@ -89,6 +89,17 @@ def test_ls_shows_disks_with_size_tracking_and_next_step(cbtfs: Program) -> None
     ]
 
 
+def test_ls_says_where_changes_cannot_be_tracked(cbtfs: Program) -> None:
+    disks = vms(cbtfs.json("ls"))["app1"].disks
+
+    assert {disk.device: disk.cbt for disk in disks} == {
+        "xvda": "on",
+        "xvdb": "on",
+        "xvdc": "none",  # its SR
+        "xvdd": "none",  # a raw image
+    }
+
+
 def test_ls_json_has_hostile_names_exactly(cbtfs: Program) -> None:
     found = vms(cbtfs.json("ls"))
 

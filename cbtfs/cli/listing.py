@@ -17,7 +17,7 @@ class DiskRow:
     Attributes:
         device: name in its VM; ``disk`` for a disk without VM.
         sr: name of its storage repository.
-        cbt: ``on``, ``off``, or ``none`` where the SR cannot track changes.
+        cbt: ``on``, ``off``, or ``none`` where changes cannot be tracked.
         snapshots: those with data, oldest first.
         last_point: time of the newest restore point that has this disk, "" for none.
         next: what the next sync would do; None without a store, or if it would do nothing.
@@ -114,7 +114,7 @@ def _row(
     planned: VMPlan | None,
 ) -> DiskRow:
     sr = inventory.srs.get(vdi.sr_ref)
-    capable = sr is not None and sr.cbt_capable
+    capable = not plan.tracking_obstacle(inventory, vdi)
     disks = planned.disks if planned else ()
     skipped = dict(planned.skipped) if planned else {}
     return DiskRow(
