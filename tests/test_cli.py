@@ -476,6 +476,9 @@ def outcome(error: errors.CbtfsError | None = None, *, state: str = "complete") 
     return Outcome(uuid(1), "web1", point=None if error else point, error=error)
 
 
+LEFT_OUT = Outcome(uuid(2), "kiosk")
+
+
 @pytest.mark.parametrize(
     ("outcomes", "status"),
     [
@@ -485,6 +488,9 @@ def outcome(error: errors.CbtfsError | None = None, *, state: str = "complete") 
         ([outcome(errors.StoreLocked(""))], 11),
         ([outcome(errors.PoolUnreachable("")), outcome(errors.PoolUnreachable(""))], 13),
         ([outcome(errors.StoreLocked("")), outcome(errors.StoreError(""))], 1),
+        ([outcome(), LEFT_OUT], 0),
+        ([LEFT_OUT], 1),
+        ([outcome(errors.StoreLocked("")), LEFT_OUT], 3),
         ([], 0),
     ],
 )

@@ -416,7 +416,7 @@ def exit_status(outcomes: Sequence[Outcome]) -> int:
     partial = any(o.point is not None and o.point.state == "partial" for o in outcomes)
     if partial or (failed and len(failed) < len(outcomes)):
         return PARTIAL
-    if not any(outcome.point for outcome in outcomes):
+    if outcomes and not any(outcome.point for outcome in outcomes):
         statuses = {error.exit_code for error in failed}
         return statuses.pop() if len(statuses) == 1 else 1
     return 0

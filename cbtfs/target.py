@@ -1,0 +1,77 @@
+"""Target: what a restore point is made of - a VM with its disks, or a disk without VM."""
+
+from dataclasses import dataclass, replace
+
+from . import errors, plan as planning
+from .catalogue import VMHistory
+from .inventory import VDI, VM, Inventory
+from .plan import DiskPlan, Reason, VMPlan
+from .store import Store
+
+Target = VM | VDI
+"""What a restore point is made of: a VM with its disks, or a disk without VM."""
+
+
+def key_of(target: Target) -> str:
+    """Return the name of the target's directory in the store."""
+    return target.uuid if isinstance(target, VM) else f"vdi-{target.uuid}"
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions:
+    """How to sync.
+
+    Attributes:
+        full: copy everything, whatever the pool says has changed.
+        exclude_disks: globs of disk names and devices to leave out.
+        connections_per_disk: NBD connections; the host serves each of them serially.
+    """
+
+    full: bool = False
+    exclude_disks: tuple[str, ...] = ()
+    connections_per_disk: int = 2
+
+
+def plan_one(
+    inventory: Inventory,
+    store: Store,
+    target: Target,
+    *,
+    history: VMHistory | None,
+    options: SyncOptions,
+) -> VMPlan:
+    """Return what to do with the disks of ``target``, given its restore points so far."""
+    if isinstance(target, VM):
+        found = planning.plan_vm(
+            inventory,
+            target,
+            history,
+            store=store.uuid,
+            full=options.full,
+            exclude=options.exclude_disks,
+        )
+    else:
+        found = planning.plan_vdi(inventory, target, history, store=store.uuid, full=options.full)
+    disks = tuple(_without_damage(store, found.vm_uuid, disk) for disk in found.disks)
+    return replace(found, disks=disks)
+
+
+def _without_damage(store: Store, key: str, disk: DiskPlan) -> DiskPlan:
+    """Return ``disk``, in full if its base was found damaged."""
+    if disk.base is None or disk.base.disk.device not in store.damaged(key, disk.base.time):
+        return disk
+    detail = f"verify found damage in {disk.base.time}"
+    return planning.fall_back(disk, reason=Reason.BASE_DAMAGED, detail=detail)
+
+
+def still_there(inventory: Inventory, target: Target) -> Target:
+    """Return ``target`` as it is in ``inventory``.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    known = inventory.vms if isinstance(target, VM) else inventory.vdis
+    found = known.get(target.ref)
+    if found is None or found.uuid != target.uuid:
+        raise errors.NotFound(f"the pool no longer has {target.name!r}; nothing was synced")
+    return found
