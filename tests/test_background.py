@@ -130,7 +130,9 @@ def test_a_child_that_is_ready_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_ends_the_wait_ends_the_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, status: int
 ) -> None:
-    patient = f"trap 'echo ended >{tmp_path}/ended; exit' INT TERM; kill -{signum} $PPID; while :; do :; done"
+    patient = (
+        f"trap 'echo ended >{tmp_path}/ended; exit' INT TERM; kill -{signum} $PPID; sleep 20 & wait"
+    )
     monkeypatch.setattr(sys, "executable", program(tmp_path, patient))
 
     def handler(number: int, _: object) -> None:
@@ -152,7 +154,7 @@ def test_what_ends_the_wait_ends_the_child(
 def test_a_child_that_says_it_was_interrupted_speaks_for_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = "trap 'exit 130' INT; kill -INT $PPID; while :; do :; done"
+    told = "trap 'exit 130' INT; kill -INT $PPID; sleep 20 & wait"
     monkeypatch.setattr(sys, "executable", program(tmp_path, told))
 
     assert background.start_background([]) == 130
