@@ -11,7 +11,6 @@ Rules of this file:
 
 import io
 import logging
-import re
 import tarfile
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -25,11 +24,11 @@ from .bitmap import ChangeBitmap
 from .exports import Exports
 from .inventory import TAG_OWNER, Inventory, Owned
 from .nbd import Export, Timeouts
+from .owner import time_of_run
 from .xapi import Session
 
 logger = logging.getLogger(__name__)
 
-_RUN_NAME = re.compile(r"cbtfs [0-9TZ]{16} [0-9a-f]{16}")
 _IN_USE_TRIES = 10
 _IN_USE_PAUSE = 2.0
 _NAMING_LIMIT = 30.0
@@ -252,7 +251,7 @@ class Pool:
         Raises:
             PoolError: the name is not one of ours, or the pool refused.
         """
-        if not _RUN_NAME.fullmatch(snapshot_name):
+        if not time_of_run(snapshot_name):
             raise errors.PoolError(f"{snapshot_name!r} is not the name of a snapshot of cbtfs")
         for vm_ref in await self._named("VM", snapshot_name, of=ref):
             disks = await self._snapshot_disks(vm_ref)

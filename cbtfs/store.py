@@ -196,6 +196,11 @@ class Store:
         self.problems, self.unlisted = tuple(problems), tuple(unlisted)
         return Catalogue(histories)
 
+    def history(self, vm_uuid: str) -> VMHistory | None:
+        """Read the restore points of one VM, as ``catalogue`` does for all; None without any."""
+        points = self._read_vm(vm_uuid, [], [])
+        return catalogue.history_of(vm_uuid, points) if points else None
+
     def _read_vm(self, vm_uuid: str, problems: list[str], unlisted: list[Unlisted]) -> list[Point]:
         points: list[Point] = []
         with ExitStack() as stack:

@@ -98,13 +98,13 @@ class VMRun:
         self._target = targets.still_there(inventory, self._target)
         earlier = _snapshot_names(self._store.leftovers(self._key))
         await self._clear_pool(inventory, earlier)
-        history = self._store.catalogue().vms.get(self._key)
+        history = self._store.history(self._key)
         plan = targets.plan_one(
             inventory, self._store, self._target, history=history, options=self._options
         )
         outcome = replace(outcome, plan=plan)
-        if not plan.disks:
-            return outcome  # what was skipped, and why, is in the plan
+        if not plan.disks:  # what was skipped, and why, is in the plan
+            return replace(outcome, problems=tuple(self._problems))
         await self._pool.check_nbd()
         for disk in plan.disks:
             if disk.enable_cbt:

@@ -197,6 +197,14 @@ def test_a_second_point_builds_on_the_first(store: Store, root: Path) -> None:
     assert (root / VM / "latest").readlink() == Path(SECOND)
 
 
+def test_the_history_of_one_vm_is_that_of_the_catalogue(store: Store) -> None:
+    assert store.history(VM) is None
+
+    commit(store)
+
+    assert store.history(VM) == store.catalogue().vms[VM]
+
+
 def test_latest_is_the_newest_whatever_the_order(store: Store, root: Path) -> None:
     commit(store, time=SECOND)
     commit(store, time=FIRST)
