@@ -32,10 +32,10 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: where from and to (in ``options``), what, and how; ``name`` is that of its job."""
+    """One run: where from and to (in ``options``), what, and how; ``name`` is its job's, if any."""
 
     options: Globals
-    name: str = "sync"
+    name: str = ""
     vms: tuple[str, ...] = ()
     vdis: tuple[str, ...] = ()
     how: SyncOptions = field(default_factory=SyncOptions)
