@@ -1,5 +1,6 @@
 """The simulated hosts' NBD servers, byte for byte, and as libnbd's own tools see them."""
 
+import contextlib
 import ssl
 import struct
 import subprocess
@@ -64,10 +65,12 @@ def connect(pool: RunningPool, address: str = "127.0.0.12") -> NbdClient:
 
 def opened(pool: RunningPool, api: Api, vdi: str) -> NbdClient:
     """Return a client that has the disk open over TLS."""
-    client = connect(pool)
-    client.hello()
-    client.starttls(pool.certificate())
-    client.export_name(info(api, vdi)[0]["exportname"])
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(connect(pool))
+        client.hello()
+        client.starttls(pool.certificate())
+        client.export_name(info(api, vdi)[0]["exportname"])
+        stack.pop_all()  # from here on the caller closes it
     return client
 
 
@@ -298,8 +301,9 @@ def test_the_slot_is_free_after_the_end_only(pool: RunningPool, api: Api, snapsh
         with connect(pool) as late:
             assert late.at_end()
         client.disconnect()
-    with opened(pool, api, snapshot) as again:
-        again.disconnect()
+    for _ in range(20):  # at once, and every time
+        with opened(pool, api, snapshot) as again:
+            again.disconnect()
 
 
 def test_the_seventeenth_connection_is_closed_without_a_byte(pool: RunningPool) -> None:

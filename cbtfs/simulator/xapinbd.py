@@ -91,17 +91,20 @@ class XapiNbd:
         self.counters.connected(self.identity.names[0], admitted=admitted, busy=busy)
         if not admitted:
             return
+        ending = contextlib.ExitStack()
+        ending.callback(_close, connection)
         try:
-            self._converse(connection)
+            self._converse(connection, ending)
         except (EOFError, OSError) as exc:
             log.debug("NBD client of %s gone: %s", self.identity.names[0], exc)
         finally:
-            # the slot is free only now that the VBD is gone and the client saw the end
-            _close(connection)
+            # The VBD is gone. The end and the slot are one step for others, as in xapi-nbd's single
+            # thread: who saw the end is admitted.
             with self._lock:
+                ending.close()
                 self._busy -= 1
 
-    def _converse(self, connection: socket.socket) -> None:
+    def _converse(self, connection: socket.socket, ending: contextlib.ExitStack) -> None:
         if self.hit("nbd.refuse"):
             return
         if self.hit("nbd.silent"):
@@ -112,13 +115,10 @@ class XapiNbd:
         if not purpose:
             return
         session = _Negotiation(self, connection, purpose)
+        ending.callback(lambda: _close(session.wire.connection))  # by then TLS, if it came to that
         exportname = session.run()
-        try:
-            if exportname is not None:
-                self._export(session, exportname)
-        finally:
-            if session.wire.connection is not connection:
-                _close(session.wire.connection)
+        if exportname is not None:
+            self._export(session, exportname)
 
     def _export(self, session: "_Negotiation", exportname: str) -> None:
         try:
