@@ -41,11 +41,16 @@ class DiskPoint(msgspec.Struct, frozen=True, kw_only=True):
         size: virtual size in bytes.
         snapshot_uuid: the pool's snapshot that the image equals; base of the next increment.
         cbt: whether changed block tracking was on when the snapshot was taken.
-        method: ``full`` or ``incremental``.
+        method: ``full``, ``incremental``, ``compare`` or ``resume``.
         reason: one of ``plan.Reason``.
+        detail: a sentence that explains the reason.
+        resumed: of a ``resume`` the method with which it had begun, else "".
         base: time of the point it was cloned from, "" for none.
         extents: how many extents were read.
         bytes_changed: what the pool said had changed; of a full, the size.
+        blocks_sampled: blocks called unchanged by the pool that were read and compared.
+        blocks_mismatched: those of them that had changed nevertheless.
+        allocated: bytes that the pool said may hold data; -1 if it was not asked or cannot tell.
         seconds: time that the copy took.
     """
 
@@ -61,10 +66,15 @@ class DiskPoint(msgspec.Struct, frozen=True, kw_only=True):
     cbt: bool = False
     method: str = "full"
     reason: str = ""
+    detail: str = ""
+    resumed: str = ""
     base: str = ""
     base_snapshot_uuid: str = ""
     extents: int = 0
     bytes_changed: int = 0
+    blocks_sampled: int = 0
+    blocks_mismatched: int = 0
+    allocated: int = -1
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0

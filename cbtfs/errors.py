@@ -8,7 +8,9 @@
     ├── NotFound                        10   no such pool, VM, disk or point
     ├── PoolError                        1   the pool answered, and said no
     │   ├── XapiFailure                  1   xapi's code and parameters, unchanged
-    │   ├── ChangesUnknown               1   no usable bitmap: fall back to a full copy
+    │   ├── ChangesUnknown               1   no usable bitmap: compare with the last image
+    │   ├── BitmapWrong                  1   a block called unchanged had changed: compare
+    │   ├── AllocationUnknown            1   no usable block allocation table: read everything
     │   ├── AuthenticationFailed        12   login or certificate refused: stop, don't retry
     │   └── PoolUnreachable             13   nobody answers: retry later
     ├── ExportError                      1   an NBD export failed
@@ -81,6 +83,14 @@ class ChangesUnknown(PoolError):
     def __init__(self, message: str, *, reason: str) -> None:
         self.reason = reason
         super().__init__(message)
+
+
+class BitmapWrong(PoolError):
+    """A block that the pool calls unchanged, or unallocated, holds something else."""
+
+
+class AllocationUnknown(PoolError):
+    """The pool cannot say which blocks of a disk may hold data; the text says why."""
 
 
 class AuthenticationFailed(PoolError):
