@@ -16,8 +16,9 @@ walked through.
 """
 
 import binascii
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterable, Iterator
+from random import Random
+from typing import Self, cast
 
 from bitarray import bitarray
 from bitarray.util import intervals  # pyright: ignore[reportUnknownVariableType] its stub is open
@@ -45,7 +46,7 @@ class ChangeBitmap:
         ChangesUnknown: the length of ``bits`` does not belong to ``size``.
     """
 
-    def __init__(self, bits: bytes, *, size: int) -> None:
+    def __init__(self, bits: bytes | memoryview, *, size: int) -> None:
         blocks = -(-size // CBT_BLOCK)
         if len(bits) != -(-blocks // 8):
             raise errors.ChangesUnknown(
@@ -57,6 +58,15 @@ class ChangeBitmap:
         self._blocks = blocks
         self._bits = bitarray(buffer=bits, endian="big")
         self.changed_blocks = self._bits.count(1, 0, blocks)
+
+    @classmethod
+    def of_extents(cls, marked: Iterable[Extent], *, size: int) -> Self:
+        """Return the bitmap of a disk of ``size`` bytes with each block set that ``marked`` has."""
+        blocks = -(-size // CBT_BLOCK)
+        bits = _clear(blocks)
+        for start, stop in marked:
+            bits[start // CBT_BLOCK : min(-(-stop // CBT_BLOCK), blocks)] = 1
+        return cls(memoryview(bits), size=size)
 
     @classmethod
     def from_base64(cls, text: str | bytes, *, size: int) -> "ChangeBitmap":
@@ -107,3 +117,57 @@ class ChangeBitmap:
             # a run begins where a set bit does not follow a set bit
             runs += (chunk & ~follows).count()
         return runs
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[bool, int, int]]:
+        """Yield ``(changed, start, stop)``, in bytes, for the runs of blocks in a range.
+
+        ::
+
+            block     | 0 | 1 | 2 | 3 |
+            changed         x   x
+            runs(0, 256K)  (False, 0, 64K)  (True, 64K, 192K)  (False, 192K, 256K)
+
+        Args:
+            start: a multiple of 64 KiB.
+            stop: a multiple of 64 KiB, or the size of the disk.
+        """
+        first, last = start // CBT_BLOCK, -(-stop // CBT_BLOCK)
+        found = cast("Iterator[tuple[int, int, int]]", intervals(self._bits[first:last]))
+        for value, begin, end in found:
+            yield bool(value), start + begin * CBT_BLOCK, min(start + end * CBT_BLOCK, stop)
+
+    def sampled(self, count: int, rng: Random) -> Self:
+        """Return a bitmap of ``count`` unchanged blocks, each such choice as likely as any other.
+
+        With fewer unchanged blocks than ``count`` it has them all.
+        """
+        unchanged = self._blocks - self.changed_blocks
+        bits = _clear(self._blocks)
+        if count <= unchanged // 2:
+            self._pick(bits, count, rng)
+        else:  # more than half: those to leave out are found sooner
+            self._pick(bits, max(unchanged - count, 0), rng)
+            bits |= self._bits
+            bits.invert()
+            bits[self._blocks :] = 0
+        return type(self)(memoryview(bits), size=self.size)
+
+    def _pick(self, bits: bitarray, count: int, rng: Random) -> None:
+        """Set ``count`` random blocks in ``bits``, at most half of those that are not set here."""
+        if (self._blocks - self.changed_blocks) * 64 < self._blocks:
+            # drawing would hardly ever meet an unchanged one
+            unchanged = list(self._bits.search(bitarray("0"), 0, self._blocks))
+            for block in rng.sample(unchanged, count):
+                bits[block] = 1
+            return
+        while count:
+            block = rng.randrange(self._blocks)
+            if not self._bits[block] and not bits[block]:
+                bits[block] = 1
+                count -= 1
+
+
+def _clear(blocks: int) -> bitarray:
+    bits = bitarray(blocks + -blocks % 8, endian="big")
+    bits.setall(0)
+    return bits

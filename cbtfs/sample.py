@@ -1,7 +1,7 @@
 """Sample: how many of the blocks that a bitmap calls unchanged are read, and what that finds.
 
-Changed block tracking can be wrong without anybody noticing: a host that crashed, a log that was not
-closed. So a few blocks that should be as they were are read each time, and compared. Of N such
+Changed block tracking can be wrong without anybody noticing: a host that crashed, a log that was
+not closed. So a few blocks that should be as they were are read each time, and compared. Of N such
 blocks, k of them wrong, a sample of n finds none with the probability
 
     (N-k choose n) / (N choose n)        about (1 - n/N)^k for small n

@@ -2,6 +2,8 @@
 
 import base64
 import tracemalloc
+from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given, strategies as st
@@ -141,3 +143,89 @@ def test_the_bitmap_of_16_tib_is_held_once() -> None:
     assert count == changed.changed_blocks == 1 << 27
     assert first == Extent(0, CBT_BLOCK)
     assert peak < 48 * MiB
+
+
+@given(disks())
+def test_a_bitmap_of_its_own_extents_is_the_same(disk: tuple[bytes, int]) -> None:
+    bits, size = disk
+    before = changes(bits, size=size)
+
+    again = ChangeBitmap.of_extents(before.extents(), size=size)
+
+    assert list(again.extents()) == list(before.extents())
+    assert again.changed_blocks == before.changed_blocks
+
+
+def test_an_extent_sets_every_block_it_touches() -> None:
+    found = ChangeBitmap.of_extents(
+        [Extent(CBT_BLOCK - 1, CBT_BLOCK + 1), Extent(4 * CBT_BLOCK, 9 * CBT_BLOCK)],
+        size=5 * CBT_BLOCK + 512,
+    )
+
+    assert list(found.extents()) == [
+        Extent(0, 2 * CBT_BLOCK),
+        Extent(4 * CBT_BLOCK, 5 * CBT_BLOCK + 512),
+    ]
+
+
+@given(disks(), st.data())
+def test_runs_say_of_each_block_whether_it_changed(
+    disk: tuple[bytes, int], data: st.DataObject
+) -> None:
+    bits, size = disk
+    expected = model(bits, size=size)
+    first = data.draw(st.integers(0, len(expected)))
+    last = data.draw(st.integers(first, len(expected)))
+    start, stop = first * CBT_BLOCK, min(last * CBT_BLOCK, size)
+
+    found = list(changes(bits, size=size).runs(start, stop))
+
+    blocks = [
+        changed
+        for changed, begin, end in found
+        for _ in range(begin // CBT_BLOCK, -(-end // CBT_BLOCK))
+    ]
+    assert blocks == expected[first:last]
+    if found:
+        assert (found[0][1], found[-1][2]) == (start, stop)
+        assert all(one[2] == two[1] and one[0] != two[0] for one, two in pairwise(found))
+
+
+@given(disks(), st.integers(0, 250), st.integers())
+def test_a_sample_is_of_unchanged_blocks_and_as_large_as_asked(
+    disk: tuple[bytes, int], count: int, seed: int
+) -> None:
+    bits, size = disk
+    changed = model(bits, size=size)
+
+    sample = changes(bits, size=size).sampled(count, Random(seed))
+
+    assert sample.changed_blocks == min(count, changed.count(False))
+    picked = [
+        index
+        for is_in, begin, end in sample.runs(0, size)
+        for index in range(begin // CBT_BLOCK, -(-end // CBT_BLOCK))
+        if is_in
+    ]
+    assert not any(changed[index] for index in picked)
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_every_unchanged_block_is_sampled_equally_often(count: int) -> None:
+    changed = changes(b"\x0f\x70", size=12 * CBT_BLOCK)  # unchanged: 0-3, 8; 9-11 changed
+    rng = Random(7)
+    seen = dict.fromkeys([0, 1, 2, 3, 8], 0)
+
+    for _ in range(2000):
+        for extent in changed.sampled(min(count, 5), rng).extents():
+            for block in range(extent.start // CBT_BLOCK, extent.stop // CBT_BLOCK):
+                seen[block] += 1
+
+    expected = 2000 * min(count, 5) / 5
+    assert all(abs(times - expected) < 150 for times in seen.values())
+
+
+def test_a_sample_is_found_quickly_among_very_few_unchanged_blocks() -> None:
+    changed = ChangeBitmap(bytes(1) + b"\xff" * ((1 << 20) - 1), size=CBT_BLOCK << 23)
+
+    assert list(changed.sampled(4, Random(1)).extents())
