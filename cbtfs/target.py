@@ -1,11 +1,12 @@
 """Target: what a restore point is made of - a VM with its disks, or a disk without VM."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from . import errors, plan as planning
 from .catalogue import VMHistory
 from .inventory import VDI, VM, Inventory
 from .plan import DiskPlan, Reason, VMPlan
+from .sample import Sample
 from .store import Store
 
 Target = VM | VDI
@@ -25,11 +26,17 @@ class SyncOptions:
         full: copy everything, whatever the pool says has changed.
         exclude_disks: globs of disk names and devices to leave out.
         connections_per_disk: NBD connections; the host serves each of them serially.
+        sample: how many of the blocks that the pool calls unchanged are read and compared.
+        limit_rate: bytes per second read from the pool, over all disks; 0 for no limit.
+        lock_wait: seconds to wait for another run of the same VM to end.
     """
 
     full: bool = False
     exclude_disks: tuple[str, ...] = ()
     connections_per_disk: int = 2
+    sample: Sample = field(default_factory=Sample)
+    limit_rate: int = 0
+    lock_wait: float = 0.0
 
 
 def plan_one(
