@@ -4,7 +4,6 @@ The VM ``v`` runs with the disks ``v 0``, ``v 1``, … of 4 MiB each.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import msgspec
 import pytest
 import trio
 
-from cbtfs import catalogue, errors, pool as pools, store as stores, sync as syncs, units
+from cbtfs import catalogue, errors, pool as pools, store as stores, sync as syncs
 from cbtfs.inventory import Inventory
 from cbtfs.pool import Pool
 from cbtfs.progress import SilentProgress
@@ -20,85 +19,14 @@ from cbtfs.store import Stage, Store
 from cbtfs.sync import Outcome, SyncOptions, Target
 
 from .pools import opened
-from .simulated import Api, RunningPool, running_pool
+from .smallvm import Small, running_small
 
 pytestmark = pytest.mark.timeout(120)
-
-SIZE = 4 * units.MiB
-
-
-@dataclass(frozen=True)
-class Small:
-    """A pool with the VM ``v``, and what a test does to it."""
-
-    pool: RunningPool
-    api: Api
-    vm: str
-
-    def add_disk(self, name: str, number: int) -> str:
-        """Make a disk and plug it into ``v``; return its ref."""
-        shared = next(r for r, sr in self.api.records("SR").items() if sr["type"] == "nfs")
-        record = {"name_label": name, "SR": shared, "virtual_size": str(SIZE), "type": "user"}
-        none: dict[str, object] = {}
-        rest = {"sharable": False, "read_only": False, "other_config": none}
-        vdi = self.api.text("VDI.create", {**record, **rest})
-        self.attach(vdi, number)
-        return vdi
-
-    def attach(self, vdi: str, number: int) -> None:
-        """Plug a disk into ``v``."""
-        record = {"VM": self.vm, "VDI": vdi, "userdevice": str(number), "mode": "RW"}
-        none: dict[str, object] = {}
-        rest = {"type": "Disk", "bootable": False, "empty": False, "other_config": none}
-        qos = {"qos_algorithm_type": "", "qos_algorithm_params": none, "unpluggable": True}
-        vbd = self.api.text("VBD.create", {**record, **rest, **qos})
-        if self.api.text("VM.get_power_state", self.vm) == "Running":
-            self.api.call("VBD.plug", vbd)
-
-    def detach(self, vdi: str) -> None:
-        """Unplug a disk from ``v``."""
-        for ref, vbd in self.api.records("VBD").items():
-            if (vbd["VM"], vbd["VDI"]) == (self.vm, vdi):
-                self.api.call("VBD.unplug", ref)
-                self.api.call("VBD.destroy", ref)
-
-    def disk(self, name: str) -> str:
-        """Return the ref of the live disk called ``name``."""
-        (ref,) = (
-            ref
-            for ref, vdi in self.api.records("VDI").items()
-            if vdi["name_label"] == name and vdi["managed"] and not vdi["is_a_snapshot"]
-        )
-        return ref
-
-    def uuid(self, name: str) -> str:
-        """Return the uuid of the live disk called ``name``."""
-        return self.api.text("VDI.get_uuid", self.disk(name))
-
-    def bases(self) -> list[str]:
-        """Return the names of the disks that have a base, once for each base."""
-        names = {ref: str(vdi["name_label"]) for ref, vdi in self.api.records("VDI").items()}
-        return sorted(names[str(v["snapshot_of"])] for v in self._snapshots(metadata=True))
-
-    def snapshots(self) -> list[str]:
-        """Return the names of the snapshots that have data, of VDIs and VMs, whoever made them."""
-        vms = [v for v in self.api.records("VM").values() if v["is_a_snapshot"]]
-        return sorted(str(v["name_label"]) for v in (*self._snapshots(metadata=False), *vms))
-
-    def _snapshots(self, *, metadata: bool) -> list[dict[str, object]]:
-        found = [v for v in self.api.records("VDI").values() if v["is_a_snapshot"]]
-        return [v for v in found if (v["type"] == "cbt_metadata") is metadata]
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Small]:
-    with running_pool(tmp_path / "pool", "empty") as pool:
-        api = Api(pool).login()
-        vm = api.text("VM.create", {"name_label": "v", "name_description": ""})
-        made = Small(pool, api, vm)
-        for number in range(3):
-            made.add_disk(f"v {number}", number)
-        api.call("VM.start", vm, False, False)
+    with running_small(tmp_path / "pool") as made:
         yield made
 
 
