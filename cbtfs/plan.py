@@ -1,9 +1,20 @@
 """What sync will do with each disk, and why: decided from records, before anything is touched.
 
-A disk is copied in full or incrementally. An increment needs a base: the newest restore point of
-the very same VDI whose snapshot the pool still knows and has tagged as this store's. Whatever is
-asked of the pool later (above all ``list_changed_blocks``) can still fail; ``fall_back`` then turns
-the decision into a full copy with a reason of its own.
+=============  ====================================================================================
+full           an empty image; everything that may hold data is read and written
+incremental    a clone of a base, into which the changed blocks are copied
+compare        a clone of the newest image; everything that may hold data is read, and what differs
+               is written: it costs a read, not space
+resume         what an interrupted run had begun goes on; only the caller knows of it, not this file
+=============  ====================================================================================
+
+An increment needs a base: the newest restore point of the very same VDI whose snapshot the pool
+still knows and has tagged as this store's. A comparison needs no more than an image, and any image
+that was not found damaged is good enough for it: what it holds decides how much is written, not
+what the new image will hold.
+
+Whatever is asked of the pool later (above all ``list_changed_blocks``) can still fail: then
+``fall_back`` makes a comparison or a full copy of an increment, with a reason of its own.
 
 Rules of this file:
 
@@ -13,7 +24,7 @@ Rules of this file:
 3. Nothing here reads a clock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -33,6 +44,7 @@ class Reason(StrEnum):
     FIRST = "first"
     REQUESTED = "requested"
     REPLACED = "replaced"
+    MOVED = "moved"
     RESIZED = "resized"
     BASE_LOST = "base-lost"
     BASE_DAMAGED = "base-damaged"
@@ -41,13 +53,22 @@ class Reason(StrEnum):
     CBT_MISMATCH = "cbt-mismatch"
 
 
+Damaged = Callable[[str, str], bool]
+"""Tells of the time of a restore point and a device whether that image was found damaged."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """What an increment builds on: a disk of a restore point, and its snapshot in the pool."""
+    """What a disk is cloned from: a disk of a restore point and, for an increment, its snapshot.
+
+    Attributes:
+        snapshot_ref: the snapshot in the pool; "" for a comparison, which needs none.
+        snapshot_uuid: its uuid, or "" as well.
+    """
 
     time: str
-    snapshot_ref: str
-    snapshot_uuid: str
+    snapshot_ref: str = ""
+    snapshot_uuid: str = ""
     disk: DiskPoint
 
 
@@ -57,9 +78,9 @@ class DiskPlan:
 
     Attributes:
         size: virtual size in bytes now; the snapshot may turn out larger.
-        method: ``full`` or ``incremental``.
+        method: ``full``, ``incremental``, ``compare`` or ``resume``.
         detail: a sentence for people that explains ``reason``.
-        base: for an increment what it builds on, else None.
+        base: what is cloned, for an increment and a comparison, else None.
         enable_cbt: whether to turn change tracking on before the snapshot.
     """
 
@@ -84,6 +105,7 @@ class VMPlan:
         vm_uuid: name of the directory in the store: the VM's uuid, or ``vdi-`` and a disk's.
         vm_ref: the VM, "" for a disk without VM.
         skipped: device and why, for the disks that get no copy.
+        resumes: time of the partial point that is gone on with, "" for a new one.
     """
 
     vm_uuid: str
@@ -91,12 +113,17 @@ class VMPlan:
     vm_name: str
     disks: tuple[DiskPlan, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    resumes: str = ""
 
 
 # ── Deciding ─────────────────────────────────────────────────────────────────────────────────
 
 
-def plan_vm(
+def _whole(_time: str, _device: str) -> bool:
+    return False
+
+
+def plan_vm(  # noqa: PLR0913  # one keyword per fact that decides
     inventory: Inventory,
     vm: VM,
     history: VMHistory | None,
@@ -104,6 +131,7 @@ def plan_vm(
     store: str,
     full: bool = False,
     exclude: Sequence[str] = (),
+    damaged: Damaged = _whole,
 ) -> VMPlan:
     """Return what to do with each disk of ``vm``.
 
@@ -114,7 +142,9 @@ def plan_vm(
         store: uuid of the store, which the owner tags of its bases name.
         full: copy everything, whatever could be spared.
         exclude: globs; a disk whose device, name or uuid matches one is left out.
+        damaged: tells which images cannot be built on; asked of as few as possible.
     """
+    planner = _Planner(inventory, history, store, full, damaged)
     plans: list[DiskPlan] = []
     skipped: list[tuple[str, str]] = []
     for disk in inventory.disks_of(vm):
@@ -122,7 +152,7 @@ def plan_vm(
         if obstacle:
             skipped.append((disk.device, obstacle))
         else:
-            plans.append(_plan_disk(inventory, disk, history, store=store, full=full))
+            plans.append(planner.plan(disk))
     return VMPlan(
         vm_uuid=vm.uuid,
         vm_ref=vm.ref,
@@ -139,6 +169,7 @@ def plan_vdi(
     *,
     store: str,
     full: bool = False,
+    damaged: Damaged = _whole,
 ) -> VMPlan:
     """Return what to do with ``vdi`` by itself, as a VM of the one disk ``disk``.
 
@@ -148,22 +179,39 @@ def plan_vdi(
         history: the disk's restore points, None if it has none.
         store: uuid of the store, which the owner tags of its bases name.
         full: copy everything, whatever could be spared.
+        damaged: tells which images cannot be built on; asked of as few as possible.
     """
     disk = Disk("disk", VBD(ref=""), vdi)
     obstacle = _obstacle(inventory, disk, ())
-    known = () if obstacle else (_plan_disk(inventory, disk, history, store=store, full=full),)
+    planner = _Planner(inventory, history, store, full, damaged)
     return VMPlan(
         vm_uuid=f"vdi-{vdi.uuid}",
         vm_ref="",
         vm_name=vdi.name,
-        disks=known,
+        disks=() if obstacle else (planner.plan(disk),),
         skipped=((disk.device, obstacle),) if obstacle else (),
     )
 
 
 def fall_back(disk: DiskPlan, *, reason: Reason, detail: str) -> DiskPlan:
-    """Return ``disk`` as a full copy, because of something learned after it was planned."""
-    return replace(disk, method="full", reason=reason, detail=detail, base=None)
+    """Return ``disk`` without an increment, because of something learned after it was planned.
+
+    It is compared with the image that was to be its base, or copied in full: if it has none, or if
+    the reason is that this image cannot be built on.
+    """
+    plan = replace(disk, reason=reason, detail=detail)
+    if disk.base is None or reason in _NO_IMAGE:
+        return replace(plan, method="full", base=None)
+    return replace(plan, method="compare", base=_image(disk.base.time, disk.base.disk))
+
+
+_NO_IMAGE = frozenset({Reason.BASE_DAMAGED, Reason.RESIZED, Reason.REQUESTED})
+"""Reasons for which the image that was to be the base is no good for a comparison either."""
+
+
+def _image(time: str, disk: DiskPoint) -> Base:
+    """Return ``disk`` of a point as what a comparison begins with."""
+    return Base(time=time, disk=disk)
 
 
 def _obstacle(inventory: Inventory, disk: Disk, exclude: Sequence[str]) -> str:
@@ -183,59 +231,131 @@ def _obstacle(inventory: Inventory, disk: Disk, exclude: Sequence[str]) -> str:
     return next((text for text, applies in obstacles.items() if applies), "")
 
 
-def _plan_disk(
-    inventory: Inventory,
-    disk: Disk,
-    history: VMHistory | None,
-    *,
-    store: str,
-    full: bool,
-) -> DiskPlan:
-    vdi = disk.vdi
-    sr = inventory.srs.get(vdi.sr_ref)
-    base, flaw = _find_base(inventory, vdi, history, store=store)
-    obstacle = tracking_obstacle(inventory, vdi)
-    plan = DiskPlan(
-        device=disk.device,
-        vdi_uuid=vdi.uuid,
-        vdi_ref=vdi.ref,
-        vdi_name=vdi.name,
-        sr_uuid=sr.uuid if sr else "",
-        size=vdi.size,
-        method="full",
-        reason=Reason.CHANGED,
-        detail="",
-        enable_cbt=not vdi.cbt_enabled and not obstacle,
-    )
-    for applies, reason, detail in (
-        (full, Reason.REQUESTED, "a full copy was asked for"),
-        _novelty(disk, history),
-        (bool(obstacle), Reason.CBT_UNSUPPORTED, obstacle),
-        (not vdi.cbt_enabled, Reason.CBT_OFF, "change tracking was off, and is turned on now"),
-    ):
-        if applies:
-            return replace(plan, reason=reason, detail=detail)
-    if base is None:
-        return replace(plan, reason=flaw[0], detail=flaw[1])
-    if vdi.size < base.disk.size:
-        return replace(plan, reason=Reason.RESIZED, detail=_shrunk(base, vdi))
-    return replace(plan, method="incremental", base=base, detail=f"changes since {base.time}")
+class _Planner:
+    """Decides for the disks of one directory of the store."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        history: VMHistory | None,
+        store: str,
+        full: bool,
+        damaged: Damaged,
+    ) -> None:
+        self._inventory = inventory
+        self._points = history.points if history else ()
+        self._movable = not (history and history.uuid.startswith("vdi-"))
+        self._store = store
+        self._full = full
+        self._damaged = damaged
+
+    def plan(self, disk: Disk) -> DiskPlan:
+        """Return what to do with ``disk``."""
+        vdi = disk.vdi
+        sr = self._inventory.srs.get(vdi.sr_ref)
+        obstacle = tracking_obstacle(self._inventory, vdi)
+        plan = DiskPlan(
+            device=disk.device,
+            vdi_uuid=vdi.uuid,
+            vdi_ref=vdi.ref,
+            vdi_name=vdi.name,
+            sr_uuid=sr.uuid if sr else "",
+            size=vdi.size,
+            method="full",
+            reason=Reason.REQUESTED,
+            detail="a full copy was asked for",
+            enable_cbt=not vdi.cbt_enabled and not obstacle,
+        )
+        if self._full:
+            return plan
+        images = self._images(lambda known: known.vdi_uuid == vdi.uuid)
+        if not images:
+            return self._newcomer(plan)
+        return self._built_on(plan, vdi, images, obstacle=obstacle)
+
+    def _images(self, wanted: Callable[[DiskPoint], bool]) -> list[Base]:
+        """Return the images of the disks that are ``wanted``, newest first."""
+        return [
+            _image(point.time, disk)
+            for point in reversed(self._points)
+            for disk in point.disks
+            if wanted(disk)
+        ]
+
+    def _newcomer(self, plan: DiskPlan) -> DiskPlan:
+        """Return what to do with a VDI that no restore point has.
+
+        A disk that was moved to another SR, restored or reverted is a new VDI in the old one's
+        place, with much the same in it. While the pool still has the old one, it is none of these.
+        """
+        images = self._images(lambda known: known.device == plan.device) if self._movable else []
+        if not images:
+            return _in_full(plan, Reason.FIRST, "no restore point has this disk yet")
+        newest = images[0]
+        told = f"{plan.device} is another VDI than in {newest.time}"
+        if self._inventory.find_vdi(newest.disk.vdi_uuid) is not None:
+            return _in_full(plan, Reason.REPLACED, f"{told}; that one is still in the pool")
+        same = [image for image in images if image.disk.vdi_uuid == newest.disk.vdi_uuid]
+        image = self._whole_one(same)
+        if image is None:
+            return _in_full(plan, Reason.BASE_DAMAGED, f"{told}, and {_damage(same)}")
+        if plan.size < image.disk.size:
+            return _in_full(plan, Reason.REPLACED, f"{told}, and smaller")
+        told += "; that one is gone from the pool (moved, restored or reverted)"
+        return replace(plan, method="compare", reason=Reason.MOVED, detail=told, base=image)
+
+    def _built_on(
+        self, plan: DiskPlan, vdi: VDI, images: Sequence[Base], *, obstacle: str
+    ) -> DiskPlan:
+        """Return what to do with a VDI of which there are ``images``, newest first."""
+        image = self._whole_one(images)
+        if image is None:
+            return _in_full(plan, Reason.BASE_DAMAGED, _damage(images))
+        if vdi.size < image.disk.size:
+            return _in_full(plan, Reason.RESIZED, _shrunk(image, vdi))
+        base = None
+        if obstacle:
+            reason, detail = Reason.CBT_UNSUPPORTED, obstacle
+        elif not vdi.cbt_enabled:
+            reason, detail = Reason.CBT_OFF, "change tracking was off, and is turned on now"
+        else:
+            base, (reason, detail) = self._find_base(vdi, images)
+        method = "incremental" if base else "compare"
+        return replace(plan, method=method, reason=reason, detail=detail, base=base or image)
+
+    def _whole_one(self, images: Iterable[Base]) -> Base | None:
+        """Return the first of ``images`` that was not found damaged."""
+        return next((image for image in images if not self._is_damaged(image)), None)
+
+    def _is_damaged(self, image: Base) -> bool:
+        return self._damaged(image.time, image.disk.device)
+
+    def _find_base(
+        self, vdi: VDI, images: Sequence[Base]
+    ) -> tuple[Base | None, tuple[Reason, str]]:
+        """Return the newest usable base of ``vdi`` and why it is one, or what the newest lacks."""
+        flaws: list[tuple[Reason, str]] = []
+        for image in images:
+            snapshot = self._inventory.find_vdi(image.disk.snapshot_uuid)
+            if snapshot is None:
+                detail = f"the pool no longer has the snapshot of {image.time}"
+                flaws.append((Reason.BASE_LOST, detail))
+                continue
+            flaw = _flaw(snapshot, vdi, time=image.time, store=self._store)
+            if flaw is None and self._is_damaged(image):
+                flaw = Reason.BASE_DAMAGED, f"verify found damage in {image.time}"
+            if flaw is None and vdi.size < image.disk.size:
+                flaw = Reason.RESIZED, _shrunk(image, vdi)
+            if flaw is not None:
+                flaws.append(flaw)
+                continue
+            base = replace(image, snapshot_ref=snapshot.ref, snapshot_uuid=snapshot.uuid)
+            return base, (Reason.CHANGED, _since(image, [detail for _, detail in flaws]))
+        return None, flaws[0]
 
 
-def _novelty(disk: Disk, history: VMHistory | None) -> tuple[bool, Reason, str]:
-    """Tell whether no restore point has this VDI, and what to say about it."""
-    points = history.points if history else ()
-    others: list[str] = []
-    for point in points:
-        for known in point.disks:
-            if known.vdi_uuid == disk.vdi.uuid:
-                return (False, Reason.FIRST, "")
-            if known.device == disk.device:
-                others.append(point.time)
-    if others:
-        detail = f"{disk.device} is another VDI than in {others[-1]} (restored, reverted or moved)"
-        return (True, Reason.REPLACED, detail)
-    return (True, Reason.FIRST, "no restore point has this disk yet")
+def _in_full(plan: DiskPlan, reason: Reason, detail: str) -> DiskPlan:
+    return replace(plan, method="full", reason=reason, detail=detail)
 
 
 def tracking_obstacle(inventory: Inventory, vdi: VDI) -> str:
@@ -251,33 +371,6 @@ def tracking_obstacle(inventory: Inventory, vdi: VDI) -> str:
     return ""
 
 
-def _find_base(
-    inventory: Inventory, vdi: VDI, history: VMHistory | None, *, store: str
-) -> tuple[Base | None, tuple[Reason, str]]:
-    """Return the newest usable base of ``vdi``; without any, what is wrong with the newest."""
-    flaws: list[tuple[Reason, str]] = []
-    for point in reversed(history.points if history else ()):
-        for disk in point.disks:
-            if disk.vdi_uuid != vdi.uuid:
-                continue
-            snapshot = inventory.find_vdi(disk.snapshot_uuid)
-            if snapshot is None:
-                detail = f"the pool no longer has the snapshot of {point.time}"
-                flaws.append((Reason.BASE_LOST, detail))
-                continue
-            flaw = _flaw(snapshot, vdi, time=point.time, store=store)
-            if flaw is None:
-                base = Base(
-                    time=point.time,
-                    snapshot_ref=snapshot.ref,
-                    snapshot_uuid=snapshot.uuid,
-                    disk=disk,
-                )
-                return base, (Reason.CHANGED, "")
-            flaws.append(flaw)
-    return None, flaws[0] if flaws else (Reason.FIRST, "no restore point has this disk yet")
-
-
 def _flaw(snapshot: VDI, vdi: VDI, *, time: str, store: str) -> tuple[Reason, str] | None:
     """Return why changes of ``vdi`` since ``snapshot`` cannot be asked for, None if they can."""
     owned = inventories.read_owner(snapshot.other_config, snapshot.uuid)
@@ -290,6 +383,16 @@ def _flaw(snapshot: VDI, vdi: VDI, *, time: str, store: str) -> tuple[Reason, st
     if not snapshot.cbt_enabled:
         return Reason.CBT_OFF, f"changes were not tracked yet when {time} was taken"
     return None
+
+
+def _since(base: Base, flaws: Sequence[str]) -> str:
+    """Return what an increment is, and why it is not since a later point."""
+    return f"changes since {base.time}" + (f": {flaws[0]}" if flaws else "")
+
+
+def _damage(images: Sequence[Base]) -> str:
+    times = [image.time for image in images]
+    return f"verify found damage in {times[0]}" + (" and all before" if len(times) > 1 else "")
 
 
 def _shrunk(base: Base, vdi: VDI) -> str:

@@ -1,11 +1,11 @@
 """Target: what a restore point is made of - a VM with its disks, or a disk without VM."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from . import errors, plan as planning
 from .catalogue import VMHistory
 from .inventory import VDI, VM, Inventory
-from .plan import DiskPlan, Reason, VMPlan
+from .plan import VMPlan
 from .sample import Sample
 from .store import Store
 
@@ -48,27 +48,24 @@ def plan_one(
     options: SyncOptions,
 ) -> VMPlan:
     """Return what to do with the disks of ``target``, given its restore points so far."""
+    key = key_of(target)
+
+    def damaged(time: str, device: str) -> bool:
+        return device in store.damaged(key, time)
+
     if isinstance(target, VM):
-        found = planning.plan_vm(
+        return planning.plan_vm(
             inventory,
             target,
             history,
             store=store.uuid,
             full=options.full,
             exclude=options.exclude_disks,
+            damaged=damaged,
         )
-    else:
-        found = planning.plan_vdi(inventory, target, history, store=store.uuid, full=options.full)
-    disks = tuple(_without_damage(store, found.vm_uuid, disk) for disk in found.disks)
-    return replace(found, disks=disks)
-
-
-def _without_damage(store: Store, key: str, disk: DiskPlan) -> DiskPlan:
-    """Return ``disk``, in full if its base was found damaged."""
-    if disk.base is None or disk.base.disk.device not in store.damaged(key, disk.base.time):
-        return disk
-    detail = f"verify found damage in {disk.base.time}"
-    return planning.fall_back(disk, reason=Reason.BASE_DAMAGED, detail=detail)
+    return planning.plan_vdi(
+        inventory, target, history, store=store.uuid, full=options.full, damaged=damaged
+    )
 
 
 def still_there(inventory: Inventory, target: Target) -> Target:

@@ -1,5 +1,6 @@
 """Every disk gets the copy it needs, and a reason that says why."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -8,7 +9,7 @@ import pytest
 from cbtfs import errors, inventory as inventories, plan
 from cbtfs.catalogue import DiskPoint, Point, VMHistory
 from cbtfs.inventory import SR, VBD, VDI, VM, Inventory, Owned, Pool
-from cbtfs.plan import DiskPlan, Reason
+from cbtfs.plan import Base, DiskPlan, Reason
 from cbtfs.units import GiB
 
 STORE = "5702e000-0000-4000-8000-000000000001"
@@ -70,12 +71,22 @@ def replace_device(old: Point, device: str) -> Point:
 
 
 ONE = history(point("20261121T020000Z"))
+TWO = history(point("20261120T020000Z", snapshot=OLDER), point("20261121T020000Z"))
+IMAGE = Base(time="20261121T020000Z", disk=ONE.points[0].disks[0])
+"""The image of ``ONE``, as a comparison begins with it: without snapshot."""
 
 
 def decide(
-    inventory: Inventory, past: VMHistory | None, *, full: bool = False, vm: VM = WEB1
+    inventory: Inventory, past: VMHistory | None, *, full: bool = False, damaged: Sequence[str] = ()
 ) -> DiskPlan:
-    return plan.plan_vm(inventory, vm, past, store=STORE, full=full).disks[0]
+    """Return the plan of ``WEB1``'s disk; the images of the times in ``damaged`` are."""
+
+    def is_damaged(time: str, device: str) -> bool:
+        assert device == "xvda"
+        return time in damaged
+
+    found = plan.plan_vm(inventory, WEB1, past, store=STORE, full=full, damaged=is_damaged)
+    return found.disks[0]
 
 
 def test_a_known_base_makes_an_increment() -> None:
@@ -115,11 +126,122 @@ def test_a_full_can_be_asked_for_despite_a_base() -> None:
     assert decide(pool(LIVE, SNAPSHOT), ONE, full=True).reason is Reason.REQUESTED
 
 
-def test_another_vdi_at_the_same_device_was_replaced() -> None:
-    disk = decide(pool(LIVE, SNAPSHOT), history(point("20261121T020000Z", vdi=OLDER)))
+def test_another_vdi_at_the_same_device_was_replaced_if_the_pool_has_the_old_one() -> None:
+    old = replace(LIVE, ref="old", uuid=OLDER)
+    past = history(point("20261121T020000Z", vdi=OLDER))
 
-    assert (disk.method, disk.reason) == ("full", Reason.REPLACED)
-    assert "20261121T020000Z" in disk.detail
+    disk = decide(pool(LIVE, SNAPSHOT, old), past)
+
+    assert (disk.method, disk.reason, disk.base) == ("full", Reason.REPLACED, None)
+    assert disk.detail == (
+        "xvda is another VDI than in 20261121T020000Z; that one is still in the pool"
+    )
+
+
+@pytest.mark.parametrize("size", [4 * GiB, 5 * GiB])
+def test_another_vdi_at_the_same_device_was_moved_if_the_old_one_is_gone(size: int) -> None:
+    past = history(point("20261120T020000Z", vdi=OLDER), point("20261121T020000Z", vdi=OLDER))
+
+    disk = decide(pool(replace(LIVE, size=size)), past)
+
+    assert (disk.method, disk.reason) == ("compare", Reason.MOVED)
+    assert disk.base == Base(time="20261121T020000Z", disk=past.points[1].disks[0])
+    assert disk.detail == (
+        "xvda is another VDI than in 20261121T020000Z;"
+        " that one is gone from the pool (moved, restored or reverted)"
+    )
+
+
+def test_a_smaller_vdi_at_the_same_device_is_no_moved_one() -> None:
+    past = history(point("20261121T020000Z", vdi=OLDER))
+
+    disk = decide(pool(replace(LIVE, size=2 * GiB)), past)
+
+    assert (disk.method, disk.reason, disk.base) == ("full", Reason.REPLACED, None)
+    assert disk.detail == "xvda is another VDI than in 20261121T020000Z, and smaller"
+
+
+def test_a_moved_vdi_is_compared_with_the_newest_image_without_damage() -> None:
+    past = history(point("20261120T020000Z", vdi=OLDER), point("20261121T020000Z", vdi=OLDER))
+
+    disk = decide(pool(LIVE), past, damaged=["20261121T020000Z"])
+
+    assert (disk.method, disk.reason) == ("compare", Reason.MOVED)
+    assert disk.base is not None
+    assert disk.base.time == "20261120T020000Z"
+
+
+def test_a_moved_vdi_whose_images_are_all_damaged_is_copied_in_full() -> None:
+    past = history(point("20261121T020000Z", vdi=OLDER))
+
+    disk = decide(pool(LIVE), past, damaged=["20261121T020000Z"])
+
+    assert (disk.method, disk.reason, disk.base) == ("full", Reason.BASE_DAMAGED, None)
+
+
+def test_a_disk_without_vm_never_moves() -> None:
+    past = VMHistory(
+        f"vdi-{DISK}", "x", (replace_device(point("20261121T020000Z", vdi=OLDER), "disk"),)
+    )
+
+    disk = plan.plan_vdi(pool(LIVE), LIVE, past, store=STORE).disks[0]
+
+    assert (disk.method, disk.reason) == ("full", Reason.FIRST)
+
+
+def test_only_images_that_may_be_built_on_are_looked_at_for_damage() -> None:
+    asked: list[str] = []
+
+    def is_damaged(time: str, _device: str) -> bool:
+        asked.append(time)
+        return False
+
+    plan.plan_vm(pool(LIVE, SNAPSHOT), WEB1, TWO, store=STORE, damaged=is_damaged)
+
+    assert set(asked) == {"20261121T020000Z"}
+
+
+def test_a_damaged_image_is_passed_over_for_an_older_one() -> None:
+    disk = decide(pool(LIVE, SNAPSHOT), TWO, damaged=["20261121T020000Z"])
+
+    assert (disk.method, disk.reason) == ("compare", Reason.BASE_DAMAGED)
+    assert disk.base == Base(time="20261120T020000Z", disk=TWO.points[0].disks[0])
+    assert disk.detail == "verify found damage in 20261121T020000Z"
+
+
+def test_an_older_image_without_damage_is_a_base_if_its_snapshot_is_known() -> None:
+    older = replace(SNAPSHOT, ref="older", uuid=OLDER, other_config=tag(OLDER))
+
+    disk = decide(pool(LIVE, SNAPSHOT, older), TWO, damaged=["20261121T020000Z"])
+
+    assert (disk.method, disk.reason) == ("incremental", Reason.CHANGED)
+    assert disk.base is not None
+    assert (disk.base.time, disk.base.snapshot_ref) == ("20261120T020000Z", "older")
+    assert disk.detail == (
+        "changes since 20261120T020000Z: verify found damage in 20261121T020000Z"
+    )
+
+
+@pytest.mark.parametrize(
+    ("past", "told"), [(ONE, "20261121T020000Z"), (TWO, "20261121T020000Z and all before")]
+)
+def test_without_an_image_that_is_whole_everything_is_copied(past: VMHistory, told: str) -> None:
+    everything = ["20261120T020000Z", "20261121T020000Z"]
+
+    disk = decide(pool(LIVE, SNAPSHOT), past, damaged=everything)
+
+    assert (disk.method, disk.reason, disk.base) == ("full", Reason.BASE_DAMAGED, None)
+    assert disk.detail == f"verify found damage in {told}"
+
+
+def test_a_damaged_image_is_nothing_to_compare_with_on_an_sr_without_tracking() -> None:
+    sr = SR(ref="sr", uuid="57", type="udev", host_refs=("h",))
+
+    disk = decide(pool(LIVE, sr=sr), TWO, damaged=["20261121T020000Z"])
+
+    assert (disk.method, disk.reason) == ("compare", Reason.CBT_UNSUPPORTED)
+    assert disk.base is not None
+    assert disk.base.time == "20261120T020000Z"
 
 
 def test_a_disk_that_moved_to_another_device_keeps_its_base() -> None:
@@ -131,10 +253,11 @@ def test_a_disk_that_moved_to_another_device_keeps_its_base() -> None:
     assert (disk.device, disk.method) == ("xvdc", "incremental")
 
 
-def test_tracking_that_is_off_is_turned_on_and_costs_a_full() -> None:
+def test_tracking_that_is_off_is_turned_on_and_costs_a_comparison() -> None:
     disk = decide(pool(replace(LIVE, cbt_enabled=False), SNAPSHOT), ONE)
 
-    assert (disk.method, disk.reason, disk.enable_cbt) == ("full", Reason.CBT_OFF, True)
+    assert (disk.method, disk.reason, disk.enable_cbt) == ("compare", Reason.CBT_OFF, True)
+    assert disk.base == IMAGE
 
 
 def test_the_first_point_turns_tracking_on() -> None:
@@ -143,11 +266,11 @@ def test_the_first_point_turns_tracking_on() -> None:
     assert (disk.reason, disk.enable_cbt) == (Reason.FIRST, True)
 
 
-def test_an_sr_that_cannot_track_always_gets_fulls() -> None:
+def test_an_sr_that_cannot_track_always_gets_comparisons() -> None:
     sr = SR(ref="sr", uuid="57", type="udev", host_refs=("h",))
     disk = decide(pool(replace(LIVE, cbt_enabled=False), SNAPSHOT, sr=sr), ONE)
 
-    assert (disk.method, disk.reason) == ("full", Reason.CBT_UNSUPPORTED)
+    assert (disk.method, disk.reason) == ("compare", Reason.CBT_UNSUPPORTED)
     assert "udev" in disk.detail
     assert not disk.enable_cbt
 
@@ -183,12 +306,12 @@ def test_a_licence_that_lapsed_does_not_stop_tracking_that_is_on() -> None:
         (replace(SNAPSHOT, cbt_enabled=False), Reason.CBT_OFF, "not tracked yet"),
     ],
 )
-def test_a_base_that_cannot_be_built_on_costs_a_full(
+def test_a_base_that_cannot_be_built_on_costs_a_comparison(
     snapshot: VDI | None, reason: Reason, told: str
 ) -> None:
     disk = decide(pool(LIVE, *([snapshot] if snapshot else [])), ONE)
 
-    assert (disk.method, disk.reason, disk.base) == ("full", reason, None)
+    assert (disk.method, disk.reason, disk.base) == ("compare", reason, IMAGE)
     assert told in disk.detail
 
 
@@ -205,6 +328,28 @@ def test_the_newest_point_whose_snapshot_is_known_is_the_base() -> None:
 
     assert disk.base is not None
     assert disk.base.time == "20261120T020000Z"
+
+
+def test_an_increment_over_an_older_point_tells_why() -> None:
+    past = history(point("20261120T020000Z"), point("20261121T020000Z", snapshot=OLDER))
+
+    disk = decide(pool(LIVE, SNAPSHOT), past)
+
+    assert disk.detail == (
+        "changes since 20261120T020000Z: the pool no longer has the snapshot of 20261121T020000Z"
+    )
+
+
+def test_a_base_larger_than_the_disk_is_none() -> None:
+    past = history(point("20261120T020000Z", size=9 * GiB), point("20261121T020000Z", snapshot=""))
+
+    disk = decide(pool(LIVE, SNAPSHOT), past)
+
+    assert (disk.method, disk.reason, disk.base) == (
+        "compare",
+        Reason.BASE_LOST,
+        Base(time="20261121T020000Z", disk=past.points[1].disks[0]),
+    )
 
 
 def test_growing_is_no_reason_for_a_full() -> None:
@@ -261,14 +406,31 @@ def test_a_disk_without_vm_can_be_impossible_to_copy() -> None:
     assert found.skipped == (("disk", "it is missing from its SR"),)
 
 
-def test_falling_back_makes_a_full_of_an_increment() -> None:
+def test_falling_back_makes_a_comparison_of_an_increment() -> None:
     disk = decide(pool(LIVE, SNAPSHOT), ONE)
 
     fallen = plan.fall_back(disk, reason=Reason.CBT_MISMATCH, detail="inconsistent bitmaps")
 
-    assert (fallen.method, fallen.reason, fallen.base) == ("full", Reason.CBT_MISMATCH, None)
+    assert (fallen.method, fallen.reason, fallen.base) == ("compare", Reason.CBT_MISMATCH, IMAGE)
     assert fallen.detail == "inconsistent bitmaps"
     assert fallen.device == disk.device
+
+
+@pytest.mark.parametrize("reason", [Reason.BASE_DAMAGED, Reason.RESIZED])
+def test_falling_back_makes_a_full_where_the_image_is_no_good(reason: Reason) -> None:
+    disk = decide(pool(LIVE, SNAPSHOT), ONE)
+
+    fallen = plan.fall_back(disk, reason=reason, detail="it is")
+
+    assert (fallen.method, fallen.reason, fallen.base) == ("full", reason, None)
+
+
+def test_falling_back_without_an_image_makes_a_full() -> None:
+    disk = decide(pool(LIVE), None)
+
+    fallen = plan.fall_back(disk, reason=Reason.BASE_LOST, detail="it is")
+
+    assert (fallen.method, fallen.base) == ("full", None)
 
 
 def test_reasons_are_written_as_their_words() -> None:
