@@ -1,20 +1,28 @@
-"""Sync: restore points of VMs, one after another - the verb that everything else here exists for.
+"""Sync: restore points of VMs, several at a time - the verb that everything else here exists for.
 
 What happens to one VM, and in which order, is ``vmrun``'s.
 """
 
 from collections.abc import Sequence
 
-from . import errors, target as known
+import trio
+
+from . import errors, names, target as known
 from .inventory import Inventory
 from .plan import VMPlan
 from .pool import Pool
 from .progress import Progress
 from .store import Store
 from .target import SyncOptions, Target
-from .vmrun import Outcome, VMRun
+from .vmrun import Outcome, Shared, VMRun
 
 __all__ = ["Outcome", "SyncOptions", "Target", "plan", "run"]
+
+VMS_AT_ONCE = 4
+"""VMs under way at a time."""
+
+DISKS_AT_ONCE = 8
+"""Disks copied at a time, over all VMs: each has up to 16 MiB of requests in flight."""
 
 
 def plan(
@@ -36,19 +44,37 @@ async def run(
     progress: Progress,
     options: SyncOptions,
 ) -> list[Outcome]:
-    """Make a restore point of each target, one after another; a failure stops only its own VM.
+    """Make a restore point of each target, several at a time; a failure stops only its own VM.
 
     If cancelled, the pool is tidied up (at most ``vmrun.CLEANUP`` seconds) and nothing half-written
     is left in the store, but for the name of a snapshot that the pool may still be taking.
+
+    Returns:
+        An outcome for each target, in their order; a target named twice has one run.
     """
-    outcomes: list[Outcome] = []
-    hopeless: errors.CbtfsError | None = None
-    for target in targets:
-        if hopeless is None:
-            outcome = await VMRun(pool, store, target, progress, options).run()
-        else:
-            outcome = Outcome(known.key_of(target), target.name, error=hopeless)
-        outcomes.append(outcome)
-        if isinstance(outcome.error, errors.AuthenticationFailed | errors.PoolUnreachable):
-            hopeless = outcome.error  # another try would only be refused, or wait, again
-    return outcomes
+    chosen = {known.key_of(target): target for target in targets}
+    labels = names.safe_names([(key, t.name) for key, t in chosen.items()], reserved=())
+    shared = Shared(trio.CapacityLimiter(DISKS_AT_ONCE), labels)
+    at_once = trio.CapacityLimiter(VMS_AT_ONCE)
+    outcomes: dict[str, Outcome] = {}
+    hopeless: list[errors.CbtfsError] = []
+
+    async def one(key: str, target: Target) -> None:
+        try:
+            outcome = await VMRun(pool, store, target, progress, options, shared).run()
+            outcomes[key] = outcome
+            if isinstance(outcome.error, errors.AuthenticationFailed | errors.PoolUnreachable):
+                hopeless.append(outcome.error)  # another try would only be refused, or wait, again
+        finally:
+            at_once.release_on_behalf_of(key)
+
+    async with trio.open_nursery() as nursery:
+        for key, target in chosen.items():
+            await at_once.acquire_on_behalf_of(key)
+            if hopeless:
+                break
+            nursery.start_soon(one, key, target)
+    for key, target in chosen.items():
+        if key not in outcomes:
+            outcomes[key] = Outcome(key, target.name, error=hopeless[0], label=labels[key])
+    return [outcomes[known.key_of(target)] for target in targets]

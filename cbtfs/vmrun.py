@@ -16,8 +16,8 @@ a VBD is attached, and ours in dom0 counts (xen-api, xapi_vdi.ml).
 """
 
 import secrets
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 import trio
@@ -46,8 +46,18 @@ from .target import SyncOptions, Target
 CLEANUP = 60.0
 """Seconds that tidying up the pool may take after an interruption."""
 
-DISKS_AT_ONCE = 4
-"""Disks of a VM copied at a time; each takes ``copier.REQUEST`` bytes per request in flight."""
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the VMs of one sync share.
+
+    Attributes:
+        disks: a place in it for each disk being copied; a buffer per request is what each costs.
+        labels: what each target is called while it is under way, by its key, if not by its name.
+    """
+
+    disks: trio.CapacityLimiter
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ class Outcome:
     Without ``error`` nothing had to be: the VM has no disk that can be synced.
 
     ``plan`` is None if the run failed before it could plan; ``problems`` are sentences about what
-    was left behind in the pool.
+    was left behind in the pool. ``label`` tells it from another VM of the same name.
     """
 
     vm_uuid: str
@@ -66,13 +76,20 @@ class Outcome:
     point: Point | None = None
     error: errors.CbtfsError | None = None
     problems: tuple[str, ...] = ()
+    label: str = ""
 
 
 class VMRun:
     """One VM on its way to a restore point."""
 
     def __init__(
-        self, pool: Pool, store: Store, target: Target, progress: Progress, options: SyncOptions
+        self,
+        pool: Pool,
+        store: Store,
+        target: Target,
+        progress: Progress,
+        options: SyncOptions,
+        shared: Shared,
     ) -> None:
         self._pool = pool
         self._store = store
@@ -80,12 +97,14 @@ class VMRun:
         self._key = targets.key_of(target)
         self._progress = progress
         self._options = options
+        self._shared = shared
+        self._label = shared.labels.get(self._key, target.name)
         self._problems: list[str] = []
         self._may_appear = False  # a snapshot that was asked for, without an answer
 
     async def run(self) -> Outcome:
         """Return the outcome; only a cancellation leaves as an exception."""
-        outcome = Outcome(self._key, self._target.name)
+        outcome = Outcome(self._key, self._target.name, label=self._label)
         try:
             with self._store.lock(self._key):
                 return await self._locked(outcome)
@@ -226,10 +245,10 @@ class VMRun:
         done: dict[str, DiskPoint] = {}
         failed: dict[str, errors.CbtfsError] = {}
 
-        at_once = trio.CapacityLimiter(DISKS_AT_ONCE)
+        at_once = self._shared.disks
 
-        async def one(disk: DiskPlan) -> None:
-            key = f"{plan.vm_name}/{disk.device}"
+        async def one(disk: DiskPlan, place: object) -> None:
+            key = f"{self._label}/{disk.device}"
             try:
                 vdi = _vdi_of(snapshot, disk)
                 done[disk.device] = await diskcopy.copy_disk(
@@ -245,17 +264,18 @@ class VMRun:
                 failed[disk.device] = exc
                 self._progress.disk_finished(key, None, str(exc))
             finally:
-                at_once.release_on_behalf_of(disk)
+                at_once.release_on_behalf_of(place)
 
         async with trio.open_nursery() as nursery:
             for disk in plan.disks:
-                await at_once.acquire_on_behalf_of(disk)
-                nursery.start_soon(one, disk)
+                place = object()  # another VM may have an equal disk: the same one
+                await at_once.acquire_on_behalf_of(place)
+                nursery.start_soon(one, disk, place)
         if not done:
             raise next(iter(failed.values()))
         newcomers = _newcomers(plan, snapshot)
         for new in newcomers:
-            self._progress.disk_finished(f"{plan.vm_name}/{new.device}", None, new.error)
+            self._progress.disk_finished(f"{self._label}/{new.device}", None, new.error)
         warnings = await self._metadata(stage)
         return Point(
             tool=__version__,
