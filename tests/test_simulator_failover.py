@@ -106,6 +106,18 @@ def test_a_dead_host_refuses_connections_until_it_is_revived(pool: RunningPool) 
         assert client.hello().startswith(b"NBDMAGIC")
 
 
+def test_a_renewed_certificate_is_shown_and_told_at_once(pool: RunningPool) -> None:
+    host = Api(pool).login().named("host", "xcp1")
+    old = pool.certificate().read_text()
+    pool.control("renew-certificate", "xcp1")
+    new = pool.certificate().read_text()
+
+    assert new != old
+    assert ssl.get_server_certificate(("127.0.0.2", pool.https_port)).split() == new.split()
+    assert pool.control("call", "host.get_server_certificate", host) == new
+    assert pool.ca_file.read_text().startswith(old)  # a user has to learn of it
+
+
 def test_drop_nbd_frees_the_disk(pool: RunningPool) -> None:
     api = Api(pool).login()
     with opened(pool, api) as client:

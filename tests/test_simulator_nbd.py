@@ -474,6 +474,18 @@ def test_drop_after_cuts_in_the_middle_of_data(pool: RunningPool, api: Api, snap
         assert len(again.read(0, 256 * KiB)) == 256 * KiB
 
 
+def test_close_after_ends_between_two_reads(pool: RunningPool, api: Api, snapshot: str) -> None:
+    pool.set("nbd.close_after", "2")
+    pool.set("nbd.drop_count", "1")
+    with opened(pool, api, snapshot) as client:
+        client.read(0, 100 * KiB)
+        client.read(0, 100 * KiB)
+        assert client.at_end()
+    with opened(pool, api, snapshot) as again:  # only one connection was to be ended
+        for _ in range(3):
+            again.read(0, KiB)
+
+
 def test_requests_are_answered_in_order(pool: RunningPool, api: Api, snapshot: str) -> None:
     with opened(pool, api, snapshot) as client:
         for offset in (0, MiB):

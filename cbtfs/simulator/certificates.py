@@ -75,22 +75,22 @@ def ensure(directory: Path, subjects: Sequence[Subject]) -> None:
         CbtfsError: the ``openssl`` command is missing or failed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    running = [
-        (subject, _request(directory, subject))
-        for subject in subjects
-        if not certificate_path(directory, subject.file).exists()
-    ]
-    failures: list[str] = []
-    for subject, process in running:
-        _, complaint = process.communicate()
-        if process.returncode:
-            failures.append(complaint.strip().rpartition("\n")[2])
-            continue
-        key_path(directory, f"{subject.file}.new").replace(key_path(directory, subject.file))
-        new = certificate_path(directory, f"{subject.file}.new")
-        new.replace(certificate_path(directory, subject.file))
-    if failures:
-        raise errors.CbtfsError(f"openssl cannot make a certificate: {failures[0]}")
+    lacking = [s for s in subjects if not certificate_path(directory, s.file).exists()]
+    _make(directory, [(subject.file, _request(directory, subject)) for subject in lacking])
+
+
+def renew(directory: Path, name: str, context: ssl.SSLContext) -> str:
+    """Make a new key and certificate of the same names; return the certificate as PEM.
+
+    Whoever shakes hands by ``context`` sees it from now on; connections that are open stay.
+
+    Raises:
+        CbtfsError: the ``openssl`` command failed.
+    """
+    _make(directory, [(name, _openssl(directory, name))])
+    certificate = certificate_path(directory, name)
+    context.load_cert_chain(certificate, key_path(directory, name))
+    return certificate.read_text(encoding="ascii")
 
 
 def server_context(directory: Path, name: str) -> ssl.SSLContext:
@@ -105,18 +105,36 @@ def server_context(directory: Path, name: str) -> ssl.SSLContext:
     return context
 
 
+def _make(directory: Path, running: Sequence[tuple[str, subprocess.Popen[str]]]) -> None:
+    failures: list[str] = []
+    for name, process in running:
+        _, complaint = process.communicate()
+        if process.returncode:
+            failures.append(complaint.strip().rpartition("\n")[2])
+            continue
+        key_path(directory, f"{name}.new").replace(key_path(directory, name))
+        certificate_path(directory, f"{name}.new").replace(certificate_path(directory, name))
+    if failures:
+        raise errors.CbtfsError(f"openssl cannot make a certificate: {failures[0]}")
+
+
 def _request(directory: Path, subject: Subject) -> subprocess.Popen[str]:
     config = directory / f"{subject.file}.cnf"
     config.write_text(
         _CONFIG.format(hostname=subject.hostnames[0], names=subject.alternative_names),
         encoding="utf-8",
     )
-    key = key_path(directory, f"{subject.file}.new")
+    return _openssl(directory, subject.file)
+
+
+def _openssl(directory: Path, name: str) -> subprocess.Popen[str]:
+    """Begin to make a certificate by the configuration that ``_request`` wrote."""
+    config, key = directory / f"{name}.cnf", key_path(directory, f"{name}.new")
     key.touch(mode=0o600)
     command = [
         *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-sha256"),
         *("-days", "3650", "-config", str(config), "-keyout", str(key)),
-        *("-out", str(certificate_path(directory, f"{subject.file}.new"))),
+        *("-out", str(certificate_path(directory, f"{name}.new"))),
     ]
     try:
         return subprocess.Popen(

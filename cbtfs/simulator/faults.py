@@ -29,7 +29,8 @@ KEYS: dict[str, Key] = {
     # NBD servers
     "nbd.delay": Key("duration", "0", "wait before the reply to each read"),
     "nbd.drop_after": Key("size", "", "drop a connection after that many bytes of data, once each"),
-    "nbd.drop_count": Key("count", "", "drop only that many connections, then behave again"),
+    "nbd.close_after": Key("count", "", "end a connection once it has answered that many reads"),
+    "nbd.drop_count": Key("count", "", "drop or end only that many connections, then behave again"),
     "nbd.fail_read_at": Key(
         "size", "", "header without error, then close, for reads over this offset"
     ),

@@ -51,6 +51,7 @@ class _HostServers:
 
     def __init__(self, host: HostAddress, xapi: XapiServer, nbd: XapiNbd) -> None:
         self.host = host
+        self.identity = nbd.identity
         self._xapi = xapi
         self._nbd = nbd
         self._https_listener: Listener | None = None
@@ -166,6 +167,7 @@ class Simulator:
             "drop-nbd": lambda names: sum(s.drop_nbd() for s in self._chosen(names)),
             "kill-host": self._kill,
             "revive-host": self._revive,
+            "renew-certificate": self._renew,
         }
 
     def _set(self, pairs: list[str]) -> None:
@@ -182,6 +184,13 @@ class Simulator:
     def _revive(self, names: list[str]) -> None:
         for servers in self._chosen(names):
             servers.up(self.ports)
+
+    def _renew(self, names: list[str]) -> None:
+        for servers in self._chosen(names):
+            folder, context = self._directory / "hosts", servers.identity.context
+            pem = certificates.renew(folder, servers.host.name, context)
+            self._pool.set_certificate(servers.host.ref, pem, subject=servers.host.hostname)
+            servers.drop_https()  # stunnel is restarted
 
     def _counts(self) -> object:
         counts = msgspec.convert(self._pool.control("counters"), dict[str, object])

@@ -246,6 +246,7 @@ class _Transmission:
         self._wire = wire
         self._export = attachment
         self._sent = 0
+        self._answered = 0
         buffer = memoryview(bytearray(_HEADER + PIECE))
         self._first = buffer
         self._piece = buffer[_HEADER:]
@@ -262,7 +263,7 @@ class _Transmission:
             # flags and type are one number to xapi-nbd: a flag makes it an unknown command
             command = flags << 16 | kind
             if command == Command.READ:
-                answering = self._read(handle, offset, length)
+                answering = self._read(handle, offset, length) and not self._had_enough()
                 continue
             if command == Command.WRITE:
                 self._wire.reply(Error.EPERM, handle)
@@ -317,10 +318,18 @@ class _Transmission:
         limit = self._faults.size("nbd.drop_after")
         if limit is None or self._sent + count <= limit:
             return count
+        return max(0, limit - self._sent) if self._may_drop() else count
+
+    def _had_enough(self) -> bool:
+        """Count a read that was answered in full; return whether a fault ends things here."""
+        self._answered += 1
+        limit = self._faults.count("nbd.close_after")
+        return limit is not None and self._answered >= limit and self._may_drop()
+
+    def _may_drop(self) -> bool:
+        """Return whether one more connection may be dropped; it counts as dropped then."""
         times = self._faults.count("nbd.drop_count")
-        if times is not None and not self._faults.take("nbd.drop_count", limit=times):
-            return count
-        return max(0, limit - self._sent)
+        return times is None or self._faults.take("nbd.drop_count", limit=times)
 
 
 def _close(connection: socket.socket) -> None:
