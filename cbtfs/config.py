@@ -29,13 +29,14 @@ import platformdirs
 
 from . import errors, password, tables, tls, units
 from .pool import PoolOptions
+from .sample import Sample
 from .tables import JobTable, PoolTable, StoreTable
 
 SYSTEM_FILE = Path("/etc/cbtfs/cbtfs.toml")
 ENVIRONMENT_POOL = "env"
 """Name of the pool that ``CBTFS_URL`` describes."""
 
-NOT_YET = ("keep", "limit_rate", "verify_sample", "hooks")
+NOT_YET = ("keep", "hooks")
 """Keys of a job that are checked but have no effect in this version; using one is a warning."""
 
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -130,7 +131,7 @@ def _check_meaning(config: Config) -> None:
         _check_reference(job.pool, config.pools, where=f"{where}.pool")
         _check_reference(job.store, config.stores, where=f"{where}.store")
         if job.limit_rate:
-            tables.checked(units.parse_size, job.limit_rate, where=f"{where}.limit_rate")
+            tables.checked(units.parse_rate, job.limit_rate, where=f"{where}.limit_rate")
         if job.verify_sample:
             tables.checked(tables.parse_share, job.verify_sample, where=f"{where}.verify_sample")
 
@@ -286,6 +287,21 @@ def choose_job(config: Config, name: str) -> JobTable:
     if name not in config.jobs:
         raise errors.UsageError(_unknown(name, config.jobs, kind="job", where=config.where))
     return config.jobs[name]
+
+
+def rate_of(job: JobTable) -> int:
+    """Return the bytes per second that a job may read from its pool; 0 for no limit."""
+    return units.parse_rate(job.limit_rate) if job.limit_rate else 0
+
+
+def sample_of(job: JobTable) -> Sample:
+    """Return how many unchanged blocks a job reads and compares.
+
+    A share that was written down counts without an upper limit; only the default has one.
+    """
+    if not job.verify_sample:
+        return Sample()
+    return Sample(share=tables.parse_share(job.verify_sample), at_most=None)
 
 
 def _only(known: Mapping[str, object], *, kind: str, where: str) -> str:

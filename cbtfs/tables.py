@@ -77,8 +77,11 @@ class JobTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         vms: names or globs, uuids, ``tag:…``, ``sr:…``.
         exclude_disks: globs of disk names or ``VM/DEVICE`` that are left out.
         keep: retention (not carried out yet, see ``config.NOT_YET``).
-        limit_rate: bytes per second, such as ``200M``; "" for no limit (not carried out yet).
-        verify_sample: share of unchanged blocks to check, such as ``0.1%`` (not carried out yet).
+        limit_rate: bytes per second to read from the pool, over all disks of the job, such as
+            ``200M``; "" for no limit.
+        verify_sample: share of the blocks that the pool calls unchanged to read and compare, such
+            as ``0.1%``, or ``0%`` for none; "" for 0.1 %, but at most 256 blocks of a disk, so that
+            a sync without changes costs the same whatever the size of the disk.
         hooks: programs to run (not carried out yet).
     """
 
@@ -91,6 +94,9 @@ class JobTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     verify_sample: str = ""
     hooks: HooksTable | None = None
 
+
+_TEXTS = {"limit_rate": "200M", "verify_sample": "0.1%"}
+"""Keys whose value is a text with a unit, with an example; a number there is a likely mistake."""
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 
@@ -118,6 +124,11 @@ def decode(values: Mapping[str, object], table: type[_T], *, where: str, prefix:
                 known,
                 where=where,
                 prefix=f"{prefix}{key}.",
+            )
+    for key, example in _TEXTS.items():
+        if isinstance(values.get(key, ""), int | float):  # TOML has numbers, but not these units
+            raise errors.ConfigError(
+                f"{where}: {prefix}{key}: {values[key]} has no unit; write for example {example!r}"
             )
     try:
         return msgspec.convert(values, table)

@@ -16,6 +16,9 @@ TiB = 1 << 40
 CBT_BLOCK = 64 * KiB
 """Granularity of changed block tracking: one bit of a bitmap (blktap, include/cbt-util.h)."""
 
+SLOWEST = CBT_BLOCK
+"""Bytes per second; a limit below it is a suffix forgotten: ``50`` for ``50M``."""
+
 _SIZE = re.compile(r"([0-9]+)(\.[0-9]+)?\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _FACTOR = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)")
@@ -35,12 +38,33 @@ def parse_size(text: str) -> int:
     return int(match[1]) * factor + int(float(match[2] or 0) * factor)
 
 
+def parse_rate(text: str) -> int:
+    """Return the bytes per second that ``text`` (``50M``, ``1.5G/s``) means; ``0`` is no limit.
+
+    Raises:
+        UsageError: ``text`` is not a rate, or one at which no disk would ever be copied.
+    """
+    try:
+        rate = parse_size(text.strip().removesuffix("/s"))
+    except errors.UsageError:
+        raise errors.UsageError(f"{text!r} is not a rate; write for example 50M or 1G") from None
+    if 0 < rate < SLOWEST:
+        raise errors.UsageError(
+            f"{text!r} is {format_rate(rate)}, less than one block a second; write for example 50M"
+        )
+    return rate
+
+
 def parse_duration(text: str) -> float:
     """Return the seconds that ``text`` (``90s``, ``10m``, ``2h``, ``7d``, ``5ms``) means.
+
+    Nothing, ``0``, needs no unit.
 
     Raises:
         UsageError: ``text`` is not a duration.
     """
+    if text.strip() == "0":
+        return 0.0
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         raise errors.UsageError(f"{text!r} is not a duration; write for example 90s, 10m or 7d")

@@ -184,13 +184,13 @@ def test_config_show_and_path_speak_json(cbtfs: Program, tmp_path: Path) -> None
 def test_config_check_counts_and_warns(cbtfs: Program, tmp_path: Path) -> None:
     path = write_config(tmp_path)
     with Path(path).open("a") as file:
-        file.write("limit_rate = '1M'\n")
+        file.write("keep = { last = 3 }\n")
 
     result = cbtfs("--config", path, "config", "check")
 
     assert result.status == 0
     assert "warning: " in result.out
-    assert "job.j: limit_rate" in result.out
+    assert "job.j: keep have no effect" in result.out
     assert result.out.endswith("ok, 1 pools, 1 stores, 1 jobs\n")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from cbtfs import config, errors, password, tables
+from cbtfs.sample import Sample
+from cbtfs.tables import JobTable
 
 EXAMPLE = """
 [pool.prod]
@@ -76,8 +78,16 @@ def test_no_file_is_an_empty_configuration() -> None:
         ('[pool.p]\nurl="https://h"\nfingerprint="\'"', "pool.p.fingerprint: No closing quot"),
         ('[pool.p]\nurl="https://h"\npassword_command="\'"', "pool.p.password_command: No clos"),
         ("[job.n]\npool = 'prd'\n[pool.prod]\nurl='https://h'", "did you mean 'prod'?"),
-        ("[job.n]\nlimit_rate = 'fast'", "job.n.limit_rate: 'fast' is not a size"),
+        ("[job.n]\nlimit_rate = 'fast'", "job.n.limit_rate: 'fast' is not a rate"),
+        ("[job.n]\nlimit_rate = '200'", "job.n.limit_rate: '200' is 200 B/s, less than one block"),
+        (
+            "[job.n]\nlimit_rate = 200",
+            "job.n.limit_rate: 200 has no unit; write for example '200M'",
+        ),
         ("[job.n]\nverify_sample = '2'", "job.n.verify_sample: '2' is not a percentage"),
+        ("[job.n]\nverify_sample = 0.1", "job.n.verify_sample: 0.1 has no unit; write for ex"),
+        ("[job.n]\nverify_sample = '101%'", "is not a percentage; write for example 0.1%"),
+        ("[job.n]\nverify_sample = 'nan%'", "is not a percentage; write for example 0.1%"),
         ("[pool.p", "not TOML: "),
         (
             "[pool.p]\nurl='https://h'\npassword_file='a'\npassword_command='b'",
@@ -104,7 +114,31 @@ def test_keys_without_effect_are_warned_of(tmp_path: Path) -> None:
 
     [warning] = config.warnings(load(tmp_path, EXAMPLE))
 
-    assert "job.nightly: keep, limit_rate, verify_sample, hooks have no effect" in warning
+    assert "job.nightly: keep, hooks have no effect" in warning
+
+
+def test_a_job_limits_its_rate(tmp_path: Path) -> None:
+    found = load(tmp_path, EXAMPLE)
+
+    assert config.rate_of(found.jobs["nightly"]) == 200 << 20
+    assert config.rate_of(JobTable()) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "sample"),
+    [
+        ("", Sample()),
+        ("0.1%", Sample(share=0.001, at_most=None)),
+        ("100%", Sample(share=1, at_most=None)),
+        ("0%", Sample(share=0, at_most=None)),
+    ],
+)
+def test_a_job_says_how_much_is_sampled(text: str, sample: Sample) -> None:
+    assert config.sample_of(JobTable(verify_sample=text)) == sample
+
+
+def test_a_sample_of_nothing_reads_nothing() -> None:
+    assert config.sample_of(JobTable(verify_sample="0%")).count(1000) == 0
 
 
 def test_missing_secret_and_ca_files_are_warned_of(tmp_path: Path) -> None:

@@ -35,8 +35,35 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "rate"),
+    [("50M", 50 * MiB), ("50M/s", 50 * MiB), ("1.5 GiB/s", 1.5 * GiB), ("64K", 64 * KiB), ("0", 0)],
+)
+def test_a_rate_is_a_size_with_or_without_per_second(text: str, rate: float) -> None:
+    assert units.parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "fast", "50M/h", "-1M", "/s"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(errors.UsageError, match=r"not a rate; write for example 50M"):
+        units.parse_rate(text)
+
+
+def test_a_rate_whose_suffix_was_forgotten_is_refused() -> None:
+    with pytest.raises(errors.UsageError, match=r"'50' is 50 B/s, less than one block a second"):
+        units.parse_rate("50")
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
-    [("5ms", 0.005), ("90s", 90), ("10m", 600), ("2h", 7200), ("7d", 604800), ("1.5 h", 5400)],
+    [
+        ("0", 0),
+        ("5ms", 0.005),
+        ("90s", 90),
+        ("10m", 600),
+        ("2h", 7200),
+        ("7d", 604800),
+        ("1.5 h", 5400),
+    ],
 )
 def test_durations_have_a_unit(text: str, seconds: float) -> None:
     assert units.parse_duration(text) == pytest.approx(seconds)
