@@ -2,21 +2,25 @@
 
 ::
 
-    extents ──split──> pieces ──> connection 1 ──> reader, reader, … ──> image.write (threads)
-                          └─────> connection 2 ──> reader, reader, …
+    wanted     |---####---##-#----########|########--|     cut at multiples of REQUEST
+    batches        1111   11 1    22222222 33333333        up to EXTENTS of them, REQUEST bytes
+                    │
+                    ├─> connection 1 ──> reader, reader, … ──> image.write (threads)
+                    └─> connection 2 ──> reader, reader, …
 
-Every reader owns one buffer of whole pages (an image writes those past the page cache) and has one
-request under way; the image digests and writes a piece in a worker thread while the other readers
-wait for the network. A server that does one request at a time is thus never idle, and more
-connections mean more of its hands.
+A reader owns one buffer and has one batch under way: its extents are requested all at once, each
+for a part of the buffer that begins on a page (an image writes whole pages past the page cache),
+and then one worker thread digests and writes them all, while the other readers wait for the
+network. A server that does one request at a time is thus never idle, and more connections mean
+more of its hands.
 
 Shared state is one ``_Pieces`` and one ``Tally``, both changed only between checkpoints: a piece is
 taken synchronously, and is either written or given back before its reader ends.
 """
 
+import heapq
 import mmap
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,13 +29,17 @@ import trio
 
 from . import errors, extents, units
 from .extents import Extent
+from .rate import Rate
 
 REQUEST = 4 * units.MiB
-"""Bytes asked for at once. On one connection of a serial server with 2 ms a request, 256 KiB gave
-104 MB/s, 1 MiB 300 and 4 MiB 540."""
+"""Bytes of a batch, and so of a request. On one connection of a serial server with 2 ms a request,
+256 KiB gave 104 MB/s, 1 MiB 300 and 4 MiB 540."""
+
+EXTENTS = 16
+"""Extents of a batch: as many as an export has under way on one connection."""
 
 DEPTH = 2
-"""Requests in flight on each connection: one is written while the next arrives."""
+"""Batches in flight on each connection: one is written while the next arrives."""
 
 WRITERS = 2
 """Threads that digest and write for one disk: more of them wait for each other's interpreter."""
@@ -39,12 +47,15 @@ WRITERS = 2
 ATTEMPTS = 5
 """Connections tried in a row without one piece copied before a disk counts as failed."""
 
+Part = tuple[memoryview, int]
+"""Bytes of a disk: where they are in memory, and their offset on the disk."""
+
 
 class Source(Protocol):
     """What is read: an open export."""
 
-    async def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with the bytes at ``offset``."""
+    async def read_each(self, parts: Sequence[Part]) -> list[errors.ExportError | None]:
+        """Fill each part from the disk; return for each None, or why it could not be."""
         ...
 
 
@@ -66,62 +77,114 @@ class Tally:
 
 
 class _Pieces:
-    """The pieces still to be copied; given back ones come first."""
+    """The pieces to be copied, in order: taken in batches, written or given back one by one.
 
-    def __init__(self, wanted: Iterable[Extent]) -> None:
-        self._fresh = iter(extents.split(wanted, size=REQUEST))
-        self._returned: deque[Extent] = deque()
+    ::
 
-    def take(self) -> Extent | None:
-        if self._returned:
-            return self._returned.popleft()
-        return next(self._fresh, None)
+        |~~~~~~~~~|####|~~~|##|==========|         ~ written
+                   ▲ position                      # taken, or given back    = fresh
 
-    def give_back(self, piece: Extent) -> None:
-        self._returned.append(piece)
+    Args:
+        wanted: sorted and disjoint.
+        limit: bytes of a batch.
+    """
+
+    def __init__(self, wanted: Iterable[Extent], *, limit: int) -> None:
+        self._limit = limit
+        self._fresh = extents.split(wanted, size=limit)
+        self._next = next(self._fresh, None)
+        self._returned: list[Extent] = []
+        self._taken: set[Extent] = set()
+
+    @property
+    def position(self) -> int | None:
+        """Start of the first piece that is not written yet; None when all are."""
+        first = [] if self._next is None else [self._next]
+        return min((*self._taken, *self._returned[:1], *first), default=(None,))[0]
 
     def remain(self) -> bool:
-        piece = self.take()
-        if piece is not None:
-            self.give_back(piece)
-        return piece is not None
+        """Tell whether there is a piece that nobody has taken."""
+        return bool(self._returned) or self._next is not None
+
+    def take(self) -> list[Extent]:
+        """Return a batch; those given back come first. An empty one: nothing is left."""
+        batch: list[Extent] = []
+        room = self._limit
+        while len(batch) < EXTENTS and (piece := self._pop(room)) is not None:
+            batch.append(piece)
+            room -= _paged(piece.length)
+        self._taken.update(batch)
+        return batch
+
+    def give_back(self, piece: Extent) -> None:
+        """Note that a taken piece has yet to be copied."""
+        self._taken.remove(piece)
+        heapq.heappush(self._returned, piece)
+
+    def written(self, piece: Extent) -> None:
+        """Note that a taken piece is copied."""
+        self._taken.remove(piece)
+
+    def _pop(self, room: int) -> Extent | None:
+        piece = self._returned[0] if self._returned else self._next
+        if piece is None or piece.length > room:
+            return None
+        if self._returned:
+            return heapq.heappop(self._returned)
+        self._next = next(self._fresh, None)
+        return piece
 
 
 class Copier:
-    """Copies extents of one disk.
+    """Copies extents of one disk, once.
 
     Args:
         connect: opens one more connection to the disk.
-        image: where the bytes go.
+        target: where the bytes go.
         connections: how many connections to use; one must succeed.
-        advanced: called after each piece with the bytes read and written.
+        advanced: called after each batch with the bytes read and written.
+        rate: shared by all who read; None is no limit.
     """
 
     def __init__(
         self,
         connect: Callable[[], AbstractAsyncContextManager[Source]],
-        image: Target,
+        target: Target,
         *,
         connections: int,
         advanced: Callable[[int, int], None],
+        rate: Rate | None = None,
     ) -> None:
         self.tally = Tally()
         self._connect = connect
-        self._image = image
+        self._target = target
         self._connections = connections
         self._advanced = advanced
+        self._rate = rate
+        self._limit = REQUEST if rate is None else min(REQUEST, _blocks(rate.step))
         self._writers = trio.CapacityLimiter(WRITERS)
+        self._buffers: list[memoryview] = []
+        self._pieces: _Pieces | None = None
         self._serving = 0
         self._error: errors.CbtfsError | None = None
 
+    @property
+    def position(self) -> int | None:
+        """Bytes of the disk up to which all that is wanted is written; None when all of it is.
+
+        It is the start of the first piece that is not written yet, 0 before ``copy``, and stays
+        where it was when a copy fails. Written is not on disk: that is the target's to say.
+        """
+        return self._pieces.position if self._pieces is not None else 0
+
     async def copy(self, wanted: Iterable[Extent]) -> Tally:
-        """Copy ``wanted`` (sorted, block-aligned); without any, no connection is made.
+        """Copy ``wanted`` (sorted, disjoint, block-aligned); without any, no connection is made.
 
         Raises:
             ExportLost: the disk cannot be read any more, also over fresh connections.
-            ExportError, AuthenticationFailed, StoreError: as the connection and the image say.
+            ExportError, AuthenticationFailed, StoreError: as the connection and the target say.
         """
-        pieces = _Pieces(wanted)
+        self._pieces = pieces = _Pieces(wanted, limit=self._limit)
         # Once is enough unless a connection was lost after the others had finished.
         while self._error is None and pieces.remain():
             self._serving = self._connections
@@ -131,6 +194,8 @@ class Copier:
         if self._error is not None:
             raise self._error
         return self.tally
+
+    # ── connections ──────────────────────────────────────────────────────────────────────────────
 
     async def _serve(self, pieces: _Pieces, everyone: trio.CancelScope) -> None:
         """Copy pieces over one connection; the last one left reconnects while that gets further."""
@@ -166,6 +231,13 @@ class Copier:
         self._fail(failure, everyone)
         return False
 
+    def _fail(self, error: errors.CbtfsError, everyone: trio.CancelScope) -> None:
+        """Remember the first error and stop all connections of this disk."""
+        self._error = self._error or error
+        everyone.cancel()
+
+    # ── readers ──────────────────────────────────────────────────────────────────────────────────
+
     async def _drain(
         self, pieces: _Pieces, export: Source, everyone: trio.CancelScope
     ) -> errors.ExportLost | None:
@@ -173,32 +245,72 @@ class Copier:
         lost: list[errors.ExportLost] = []
 
         async def reader() -> None:
-            buffer = memoryview(mmap.mmap(-1, REQUEST))
-            while not lost and (piece := pieces.take()) is not None:
-                try:
-                    await self._piece(piece, export, buffer[: piece.length])
-                except errors.ExportLost as exc:
-                    pieces.give_back(piece)
-                    lost.append(exc)
-                except errors.CbtfsError as exc:
-                    self._fail(exc, everyone)
+            buffer = self._buffers.pop() if self._buffers else memoryview(mmap.mmap(-1, REQUEST))
+            try:
+                while not lost and (batch := pieces.take()):
+                    await self._batch(pieces, batch, export, buffer)
+            except errors.ExportLost as exc:
+                lost.append(exc)
+            except errors.CbtfsError as exc:
+                self._fail(exc, everyone)
+            finally:
+                self._buffers.append(buffer)
 
         async with trio.open_nursery() as readers:
             for _ in range(DEPTH):
                 readers.start_soon(reader)
         return lost[0] if lost else None
 
-    async def _piece(self, piece: Extent, export: Source, buffer: memoryview) -> None:
-        await export.read_into(buffer, piece.start)
-        written = await trio.to_thread.run_sync(
-            self._image.write, piece.start, buffer, limiter=self._writers
-        )
-        self.tally.read += piece.length
-        self.tally.written += written
-        self.tally.pieces += 1
-        self._advanced(piece.length, written)
+    async def _batch(
+        self, pieces: _Pieces, batch: list[Extent], export: Source, buffer: memoryview
+    ) -> None:
+        """Read and write ``batch``; what cannot be is given back, also when cancelled."""
+        unwritten = set(batch)
+        try:
+            if self._rate is not None:
+                await self._rate.take(extents.total(batch))
+            parts = list(_parts(batch, buffer))
+            told = await export.read_each(parts)
+            arrived = [part for part, problem in zip(parts, told, strict=True) if problem is None]
+            if arrived:
+                await self._write(arrived)
+            for piece, problem in zip(batch, told, strict=True):
+                if problem is None:
+                    unwritten.remove(piece)
+                    pieces.written(piece)
+        finally:
+            for piece in unwritten:
+                pieces.give_back(piece)
+        failed = [problem for problem in told if problem is not None]
+        # what the server said of one extent counts more than that it then hung up
+        failed.sort(key=lambda problem: isinstance(problem, errors.ExportLost))
+        if failed:
+            raise failed[0]
 
-    def _fail(self, error: errors.CbtfsError, everyone: trio.CancelScope) -> None:
-        """Remember the first error and stop all connections of this disk."""
-        self._error = self._error or error
-        everyone.cancel()
+    async def _write(self, arrived: list[Part]) -> None:
+        def write() -> int:
+            return sum(self._target.write(offset, view) for view, offset in arrived)
+
+        written = await trio.to_thread.run_sync(write, limiter=self._writers)
+        read = sum(len(view) for view, _ in arrived)
+        self.tally.read += read
+        self.tally.written += written
+        self.tally.pieces += len(arrived)
+        self._advanced(read, written)
+
+
+def _parts(batch: Iterable[Extent], buffer: memoryview) -> Iterable[Part]:
+    """Lay a batch out in a buffer, each extent from the beginning of a page."""
+    at = 0
+    for piece in batch:
+        yield buffer[at : at + piece.length], piece.start
+        at += _paged(piece.length)
+
+
+def _paged(length: int) -> int:
+    return length + -length % mmap.PAGESIZE
+
+
+def _blocks(length: int) -> int:
+    """Return ``length`` in whole blocks, at least one."""
+    return max(1, length // units.CBT_BLOCK) * units.CBT_BLOCK

@@ -2,9 +2,9 @@
 
 A request lives like this; one task, the pump, is the only one to call ``aio_notify_*``::
 
-    read_into ── aio_pread ──▶ libnbd ──▶ socket ··· reply ··· ──▶ pump: aio_notify_read
+    read_each ── aio_pread ──▶ libnbd ──▶ socket ··· reply ··· ──▶ pump: aio_notify_read
         ▲                                                            │ callback: record only
-        └──────────── request.done ◀──────────── settle ◀────────────┘
+        └───────────── call.settled ◀─────────── settle ◀────────────┘
 
 Rules of this file:
 
@@ -19,8 +19,8 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -40,6 +40,9 @@ MAX_REQUEST = 4 * MiB
 
 MAX_IN_FLIGHT = 16
 """Requests under way on one connection; a 28-byte request then never fills a socket."""
+
+Part = tuple[memoryview, int]
+"""Where bytes are to go, and their offset on the disk."""
 
 _CANCEL_GRACE = 2.0
 _GONE = {errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.EPIPE}
@@ -84,15 +87,38 @@ class _Errno(Protocol):
     value: int
 
 
-class _Request:
-    """A read under way; ``error`` is an errno once ``done`` is set."""
+class _Call:
+    """The requests of one call, and how many of them are under way."""
 
-    def __init__(self, view: memoryview, offset: int, finished: list["_Request"]) -> None:
+    def __init__(self) -> None:
+        self.requests: list[_Request] = []
+        self.pending = 0
+        self._done = trio.Event()
+
+    def answered(self) -> None:
+        """Count one answer."""
+        self.pending -= 1
+        if not self.pending:
+            self._done.set()
+
+    async def settled(self) -> None:
+        """Return when no request is under way; for one task alone."""
+        if self.pending:
+            self._done = trio.Event()
+            await self._done.wait()
+
+
+class _Request:
+    """A read under way; ``error`` is an errno once libnbd has recorded the outcome."""
+
+    def __init__(
+        self, call: _Call, view: memoryview, offset: int, finished: list["_Request"]
+    ) -> None:
+        self.call = call
         self.view = view
         self.offset = offset
         self.length = len(view)
         self.error = 0
-        self.done = trio.Event()
         self._finished = finished
 
     def record(self, error: _Errno) -> int:
@@ -140,18 +166,52 @@ class Export:
         """
         view = memoryview(buffer).cast("B")
         stop = offset + len(view)
-        if offset < 0 or stop > self.size:
-            raise errors.ExportError(
-                f"{self.address}: bytes {offset} to {stop} are not on the disk"
-            )
+        self._check_range(offset, stop)
+        if not view:
+            return
         first = offset - offset % ALIGNMENT
         last = min(stop + -stop % ALIGNMENT, self.size)
-        if (first, last) == (offset, stop):
-            await self._fill(view, offset)
-        elif view:
-            scratch = memoryview(bytearray(last - first))
-            await self._fill(scratch, first)
-            view[:] = scratch[offset - first : stop - first]
+        exact = (first, last) == (offset, stop)
+        whole = view if exact else memoryview(bytearray(last - first))
+        [problem] = await self.read_each([(whole, first)])
+        if problem is not None:
+            raise problem
+        if not exact:
+            view[:] = whole[offset - first : stop - first]
+
+    async def read_each(self, parts: Sequence[Part]) -> list[errors.ExportError | None]:
+        """Fill each buffer from its offset, all at once; return for each None, or what failed.
+
+        ``ExportLost`` among them: the connection is gone or the server is silent, and a fresh
+        connection may read what is missing; ``ExportError``: the server answered an error. If
+        cancelled, the buffers are not touched after.
+
+        Args:
+            parts: not empty; offsets are multiples of ``ALIGNMENT``, and so are lengths, but at the
+                end of the disk.
+
+        Raises:
+            ExportError: a range is outside the disk; nothing was read.
+        """
+        for view, offset in parts:
+            self._check_range(offset, offset + len(view))
+        call = _Call()
+        sent: list[list[_Request]] = []
+        try:
+            with suppress(errors.ExportLost):  # the outcome of each part says so
+                for view, offset in parts:
+                    begun = len(call.requests)
+                    await self._send(call, view, offset)
+                    sent.append(call.requests[begun:])
+                await self._answered(call)
+        finally:
+            await self._reclaim(call)
+            for request in call.requests:
+                # libnbd 1.14's binding never lets go of a buffer it was given; of a view that is
+                # released, it holds nothing but the shell
+                request.view.release()
+        outcomes = [self._outcome(requests) for requests in sent]
+        return outcomes + [errors.ExportLost(self.lost)] * (len(parts) - len(sent))
 
     async def pread(self, length: int, offset: int) -> bytes:
         """Return ``length`` bytes at ``offset``; as ``read_into``."""
@@ -165,42 +225,37 @@ class Export:
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
-    async def _fill(self, view: memoryview, offset: int) -> None:
-        issued: list[_Request] = []
-        try:
-            for start in range(0, len(view), MAX_REQUEST):
-                await self._slots.acquire()
-                issued.append(self._issue(view[start : start + MAX_REQUEST], offset + start))
-            for request in issued:
-                await self._answered(request)
-        finally:
-            await self._reclaim(issued)
-            for request in issued:
-                # libnbd 1.14's binding never lets go of a buffer it was given; of a view that is
-                # released, it holds nothing but the shell
-                request.view.release()
-        for request in issued:
-            if request.error:
-                raise self._error(request)
+    def _check_range(self, offset: int, stop: int) -> None:
+        if offset < 0 or stop > self.size:
+            raise errors.ExportError(
+                f"{self.address}: bytes {offset} to {stop} are not on the disk"
+            )
 
-    def _issue(self, view: memoryview, offset: int) -> _Request:
+    async def _send(self, call: _Call, view: memoryview, offset: int) -> None:
+        """Send the requests for one part, as many at a time as there are slots."""
+        for start in range(0, len(view), MAX_REQUEST):
+            await self._slots.acquire()
+            try:
+                self._issue(call, view[start : start + MAX_REQUEST], offset + start)
+            except errors.ExportLost:
+                self._slots.release()
+                raise
+
+    def _issue(self, call: _Call, view: memoryview, offset: int) -> None:
         """Send one aligned request, for which the caller has taken a slot."""
-        request = _Request(view, offset, self._finished)
+        if self.lost:
+            raise errors.ExportLost(self.lost)
+        request = _Request(call, view, offset, self._finished)
         try:
-            if self.lost:
-                raise errors.ExportLost(self.lost)
             if not self._handle.aio_in_flight():
                 self._active = trio.current_time()  # the silence begins now
             self._handle.aio_pread(libnbd.Buffer.from_buffer(view), offset, request.record)
         except libnbd.Error as exc:
-            self._slots.release()
             self._lose(self._told(exc))
             raise errors.ExportLost(self.lost) from None
-        except errors.ExportLost:
-            self._slots.release()
-            raise
+        call.requests.append(request)
+        call.pending += 1
         self._notice_end()
-        return request
 
     def _notice_end(self) -> None:
         """Wake the pump if the call just made ended the connection."""
@@ -208,29 +263,28 @@ class Export:
             self._lose("the host ended the connection")
         self._settle()
 
-    async def _answered(self, request: _Request) -> None:
-        while not request.done.is_set():
+    async def _answered(self, call: _Call) -> None:
+        while call.pending:
             deadline = self._active + self.timeouts.request
             if trio.current_time() >= deadline:
                 self._lose(f"no answer for {self.timeouts.request:g} s")
-                raise errors.ExportLost(self.lost)
+                return
             with trio.move_on_at(deadline):
-                await request.done.wait()
+                await call.settled()
 
-    async def _reclaim(self, issued: Iterable[_Request]) -> None:
+    async def _reclaim(self, call: _Call) -> None:
         """Wait until libnbd has let go of the buffers, dropping the connection if it does not."""
-        pending = [request for request in issued if not request.done.is_set()]
-        if not pending:
-            return
         with trio.move_on_after(0 if self.lost else _CANCEL_GRACE, shield=True):
-            for request in pending:
-                await request.done.wait()
-        if all(request.done.is_set() for request in pending):
+            await call.settled()
+        if not call.pending:
             return
         self._lose("given up with reads under way")
         with trio.CancelScope(shield=True):
-            for request in pending:
-                await request.done.wait()  # the pump sees the end of the socket at once
+            await call.settled()  # the pump sees the end of the socket at once
+
+    def _outcome(self, requests: Iterable[_Request]) -> errors.ExportError | None:
+        failed = next((request for request in requests if request.error), None)
+        return None if failed is None else self._error(failed)
 
     def _error(self, request: _Request) -> errors.ExportError:
         """Return what the failure of ``request`` means."""
@@ -302,7 +356,7 @@ class Export:
 
     def _settle(self) -> None:
         while self._finished:
-            self._finished.pop().done.set()
+            self._finished.pop().call.answered()
             self._slots.release()
 
     async def close(self) -> None:

@@ -236,6 +236,8 @@ class _Connection:
         if self.quirk == "stuck":
             self.host.stuck.set()
             await trio.sleep_forever()
+        if self.quirk == "cut after 4096" and length > 4096:
+            self.quirk = "cut"
         if self.quirk == "cut":
             data = data[: len(data) // 2]
         if self.quirk in {"error", "einval"}:

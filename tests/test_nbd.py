@@ -89,6 +89,43 @@ async def test_a_long_read_is_cut_into_requests(
     assert max(length for _, length in host.reads) == 16384
 
 
+async def test_many_ranges_are_read_in_one_call(own: Certificate) -> None:
+    host = NbdHost(own)
+    ranges = [(at * 16384, 4096 * (1 + at % 3)) for at in range(40)]
+    buffer = memoryview(bytearray(sum(length for _, length in ranges)))
+    parts: list[nbd.Part] = []
+    for offset, length in ranges:
+        at = sum(len(view) for view, _ in parts)
+        parts.append((buffer[at : at + length], offset))
+
+    async with export_of(host) as export:
+        assert await export.read_each(parts) == [None] * 40
+
+    assert sorted(host.reads) == ranges
+    assert buffer == b"".join(CONTENT[offset : offset + length] for offset, length in ranges)
+
+
+async def test_of_many_ranges_each_has_its_own_outcome(own: Certificate) -> None:
+    whole, cut = bytearray(4096), bytearray(8192)
+    host = NbdHost(own, quirk="cut after 4096")
+
+    async with export_of(host) as export:
+        told = await export.read_each([(memoryview(whole), 4096), (memoryview(cut), 8192)])
+
+    assert whole == CONTENT[4096:8192]
+    assert told[0] is None
+    assert isinstance(told[1], errors.ExportLost)
+
+
+async def test_over_a_lost_connection_no_range_is_read(own: Certificate) -> None:
+    async with export_of(NbdHost(own)) as export:
+        export.abort()
+        parts = [(memoryview(bytearray(4096)), 4096 * at) for at in range(20)]
+        told = await export.read_each(parts)
+
+    assert [type(problem) for problem in told] == [errors.ExportLost] * 20
+
+
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (SIZE, 1), (0, SIZE + 1)])
 async def test_nothing_is_read_beyond_the_disk(own: Certificate, offset: int, length: int) -> None:
     host = NbdHost(own)
