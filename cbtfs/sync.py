@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import trio
 
 from . import errors, names, target as known
+from .catalogue import Catalogue
 from .inventory import Inventory
 from .plan import VMPlan
 from .pool import Pool
@@ -26,10 +27,18 @@ DISKS_AT_ONCE = 8
 
 
 def plan(
-    inventory: Inventory, store: Store, targets: Sequence[Target], *, options: SyncOptions
+    inventory: Inventory,
+    store: Store,
+    targets: Sequence[Target],
+    *,
+    options: SyncOptions,
+    catalogue: Catalogue | None = None,
 ) -> list[VMPlan]:
-    """Return what ``run`` would do, without changing anything in pool or store."""
-    vms = store.catalogue().vms
+    """Return what ``run`` would do, without changing anything in pool or store.
+
+    ``catalogue`` is what the store holds, if it has been read already.
+    """
+    vms = (store.catalogue() if catalogue is None else catalogue).vms
     return [
         known.plan_one(inventory, store, t, history=vms.get(known.key_of(t)), options=options)
         for t in targets
