@@ -8,7 +8,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 import msgspec
@@ -44,7 +44,9 @@ def held(folder: Folder, *, wait: bool) -> Generator[None]:
         try:
             yield
         finally:
-            os.ftruncate(fd, 0)
+            # it tells people who works here; on a disk that fails or is full it may stay
+            with suppress(OSError):
+                os.ftruncate(fd, 0)
     finally:
         os.close(fd)
 
