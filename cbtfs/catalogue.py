@@ -239,7 +239,12 @@ def encode(point: Point) -> bytes:
     Whatever UTF-8 cannot express (an undecodable path in a warning) becomes ``?``: a restore point
     must not fail to be committed for a character in a message.
     """
-    text = json.dumps(msgspec.to_builtins(point), indent=2, ensure_ascii=False)
+    return as_json(point)
+
+
+def as_json(record: msgspec.Struct) -> bytes:
+    """Return any record in the form that ``encode`` gives a point."""
+    text = json.dumps(msgspec.to_builtins(record), indent=2, ensure_ascii=False)
     return f"{text}\n".encode(errors="replace")
 
 
@@ -271,12 +276,21 @@ def _check_names(point: Point) -> None:
     if not is_time(point.time):
         raise errors.StoreError(f"point.json has a bad time: {point.time!r}")
     for disk in point.disks:
-        if not _FILE_NAME.fullmatch(disk.file) or not _FILE_NAME.fullmatch(disk.digests or "_"):
-            raise errors.StoreError(
-                f"point.json names a file outside its directory: {disk.file!r}, {disk.digests!r}"
-            )
-        if disk.size < 0:
-            raise errors.StoreError(f"point.json has a negative size for {disk.device}")
+        check_disk(disk)
+
+
+def check_disk(disk: DiskPoint) -> None:
+    """Refuse a record that names files outside its point's directory, or has no possible size.
+
+    Raises:
+        StoreError: it is such a record.
+    """
+    if not _FILE_NAME.fullmatch(disk.file) or not _FILE_NAME.fullmatch(disk.digests or "_"):
+        raise errors.StoreError(
+            f"point.json names a file outside its directory: {disk.file!r}, {disk.digests!r}"
+        )
+    if disk.size < 0:
+        raise errors.StoreError(f"point.json has a negative size for {disk.device}")
 
 
 # ── Times ────────────────────────────────────────────────────────────────────────────────────

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from . import digests, errors, extents, image, sparse, units
+from . import digests, errors, extents, imagefiles, sparse, units
 from .extents import Extent
 from .folder import Folder, told
-from .image import ImageFiles
+from .imagefiles import ImageFiles
 
 RECORD = "damaged.json"
 
@@ -69,7 +69,7 @@ def find(
     Raises:
         StoreError: a file cannot be read, for another reason than a failing disk.
     """
-    problem = image.flaw(files, size=size)
+    problem = imagefiles.flaw(files, size=size)
     if problem:
         return Damage(problem=problem)
     with ExitStack() as stack:
@@ -107,10 +107,10 @@ class _Check:
             # what the disk holds is of interest, not what the page cache remembers
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         try:
-            problem = "" if image.digest_root(self._digest_fd) == root else "its digests changed"
-        except OSError as exc:
-            if exc.errno != errno.EIO:
-                raise
+            problem = (
+                "" if imagefiles.digest_root(self._digest_fd) == root else "its digests changed"
+            )
+        except sparse.Unreadable:
             return Damage(problem="its digests cannot be read")
         at = 0
         with closing(self._results()) as results:  # no thread may outlive the descriptors
@@ -146,9 +146,7 @@ class _Check:
         expected = sparse.read_all(self._digest_fd, digests.array_length(piece.length), first)
         try:
             data = self._read(piece)
-        except OSError as exc:
-            if exc.errno != errno.EIO:
-                raise
+        except sparse.Unreadable:
             blocks = list(extents.split([piece], size=digests.BLOCK))
             return [piece] if len(blocks) == 1 else [b for p in blocks for b in self._compare(p)]
         found = digests.of_blocks(data)
@@ -168,9 +166,10 @@ class _Check:
         buffer: memoryview = self._own.buffer[: piece.length]
         done = 0
         while done < piece.length:
-            count = os.preadv(self._fd, [buffer[done:]], piece.start + done)
+            with sparse.reading():
+                count = os.preadv(self._fd, [buffer[done:]], piece.start + done)
             if count == 0:
-                raise OSError(errno.EIO, "the file ends early")
+                raise sparse.Unreadable(errno.EIO, "the file ends early")
             done += count
         return buffer
 

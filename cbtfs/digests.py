@@ -70,3 +70,25 @@ def runs(found: bytes, *, length: int) -> Iterator[tuple[bool, int, int]]:
             start, previous = index * BLOCK, zero
     if start < length:
         yield previous, start, length
+
+
+def differences(found: bytes, known: bytes, *, length: int) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, stop)``, in bytes, for the runs of blocks whose digests differ.
+
+    Args:
+        found: digests as ``of_blocks`` returns them.
+        known: as many digests that they are compared with.
+        length: of the data they were made from.
+    """
+    if found == known:
+        return
+    start = -1
+    for at in range(0, len(found), LENGTH):
+        differs = found[at : at + LENGTH] != known[at : at + LENGTH]
+        if differs and start < 0:
+            start = at // LENGTH * BLOCK
+        elif not differs and start >= 0:
+            yield start, at // LENGTH * BLOCK
+            start = -1
+    if start >= 0:
+        yield start, length

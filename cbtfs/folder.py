@@ -137,11 +137,15 @@ class Folder:
         os.close(fd)
         raise errors.StoreError(f"cannot open {path}: it is no regular file; remove it")
 
-    def read(self, name: str) -> bytes:
-        """Return the content of the small file ``name``."""
+    def read(self, name: str, *, limit: int = _READ_LIMIT) -> bytes:
+        """Return the content of the small file ``name``, at most ``limit`` bytes.
+
+        Raises:
+            StoreError: it cannot be read, or is larger.
+        """
         with os.fdopen(self.open_file(name), "rb") as file, told("read", self.path / name):
-            content = file.read(_READ_LIMIT + 1)
-        if len(content) > _READ_LIMIT:
+            content = file.read(limit + 1)
+        if len(content) > limit:
             raise errors.StoreError(f"cannot read {self.path / name}: it is too large to be ours")
         return content
 
@@ -234,6 +238,13 @@ class Folder:
         """Remove the file or symbolic link ``name``; nothing happens if it is not there."""
         with told("remove", self._checked(name)), suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
+
+    def remove_all(self, name: str) -> None:
+        """Remove whatever is under ``name``: a file, a link, or a directory and all in it."""
+        if self.is_folder(name):
+            self.remove_folder(name)
+        else:
+            self.remove(name)
 
     def remove_folder(self, name: str) -> None:
         """Remove the directory ``name`` and all in it; symbolic links are not followed."""

@@ -1,7 +1,7 @@
 """Image: one raw file with its digests: reflink clone, sparse write, fsync.
 
-The only module that makes ioctls. Everything here blocks: call it from worker threads. Several
-threads may write one image at once, as long as no two write the same block.
+Everything here blocks: call it from worker threads. Several threads may write one image at once, as
+long as no two write the same block.
 
 Rules of this file:
 
@@ -13,50 +13,35 @@ Rules of this file:
    fastest. ``finish`` waits for the rest; only then may a commit name the file.
 """
 
-import errno
-import fcntl
 import os
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-import blake3
+from . import digests, errors, extents, imagefiles, sparse, units
+from .extents import Extent
+from .folder import told
+from .imagefiles import ImageFiles
 
-from . import digests, errors, extents, sparse, units
-from .folder import Folder, told
-
-Origin = Literal["new", "reflink", "copy"]
-"""How an image began: empty, sharing its base's extents, or as a sparse copy of its base."""
+Origin = Literal["new", "reflink", "copy", "resumed"]
+"""How an image began: empty, sharing its base's extents, as a sparse copy of its base, or as what
+an earlier run left."""
 
 _COPY_STEP = 8 * units.MiB
-_ROOT_STEP = 4 * units.MiB
 
-_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int), on x86 and Arm
-_NO_REFLINK = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS}
+_ZERO_STEP = 64 * units.KiB
+"""Bytes of digests looked at together where a range becomes zero: of 256 MiB of the disk."""
+
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFiles:
-    """Where an image and its digests are: two names in an open folder."""
-
-    folder: Folder
-    name: str
-    digests: str
-
-    @property
-    def path(self) -> Path:
-        """Path of the image, for messages."""
-        return self.folder.path / self.name
-
-
 class Image:
-    """An image being written, made by ``create`` or ``clone``; a context manager that closes it.
+    """An image being written, made by ``create``, ``clone`` or ``reopen``; a context manager.
 
     Attributes:
         path: where it is, for messages.
@@ -64,7 +49,9 @@ class Image:
         origin: how it began.
         root: the digest root once ``finish`` is done; "" before, and after another write.
 
-    Any number of threads may call ``write`` and ``zero``; the rest is for one of them alone.
+    Any number of threads may call ``write``, ``merge``, ``differing``, ``zero`` and ``flush``; the
+    rest is for one of them alone. After a write that failed, nothing more is written: the kernel
+    tells of a page that it could not write only once.
     """
 
     def __init__(
@@ -77,6 +64,7 @@ class Image:
         self._files = files
         self._fd, self._digest_fd = fds
         self._writer = sparse.Writer(self._fd)
+        self._failure: errors.StoreError | None = None  # set once, by whichever thread meets it
 
     @classmethod
     def create(cls, files: ImageFiles, *, size: int) -> Self:
@@ -85,7 +73,7 @@ class Image:
         Raises:
             StoreError: a file of that name exists, or it cannot be made.
         """
-        image = cls(files, size=size, origin="new", fds=_new_files(files))
+        image = cls(files, size=size, origin="new", fds=imagefiles.open_files(files, flags=_NEW))
         with told("create", image.path), image._removed_on_error():
             os.ftruncate(image._fd, size)
             os.ftruncate(image._digest_fd, digests.array_length(size))
@@ -114,17 +102,42 @@ class Image:
             copied: told of the progress of a copy.
 
         Raises:
-            ImageDamaged: ``base`` is missing or has another size.
+            ImageDamaged: ``base`` is missing, has another size, or cannot be read.
             StoreError: the new image cannot be made.
         """
         if size < base_size:
             raise errors.StoreError(f"{files.path} cannot be smaller than its base {base.path}")
-        with _opened(base, size=base_size) as sources:
-            image = cls(files, size=size, origin="reflink", fds=_new_files(files))
-            with told("create", image.path), image._removed_on_error():
+        with imagefiles.opened(base, size=base_size) as sources:
+            image = cls(
+                files, size=size, origin="reflink", fds=imagefiles.open_files(files, flags=_NEW)
+            )
+            with (
+                told("create", image.path),
+                image._removed_on_error(),
+                imagefiles.readable(base.path),
+            ):
                 image._take(sources, base_size=base_size, copied=copied)
                 image._grow(base_size)
         return image
+
+    @classmethod
+    def reopen(cls, files: ImageFiles, *, size: int) -> Self:
+        """Go on with an image of ``size`` bytes that an earlier run left unfinished, or finished.
+
+        What that run had flushed is there, and all that it never wrote is as in the beginning. In
+        between image and digests need not match: the machine itself may have gone down. So
+        ``merge`` and ``zero`` look at such an image itself, too.
+
+        Raises:
+            ImageDamaged: it is missing or has another size.
+            StoreError: it cannot be opened for writing.
+        """
+        problem = imagefiles.flaw(files, size=size)
+        if problem:
+            raise errors.ImageDamaged(f"{files.path} cannot be gone on with: {problem}")
+        return cls(
+            files, size=size, origin="resumed", fds=imagefiles.open_files(files, flags=os.O_RDWR)
+        )
 
     def __repr__(self) -> str:
         return f"<Image {self.path} {units.format_size(self.size)} {self.origin}>"
@@ -154,32 +167,71 @@ class Image:
             StoreFull: no space left.
             StoreError: the write failed.
         """
-        view = memoryview(data).cast("B")
-        self._check_range(offset, len(view))
-        if not view:
-            return 0
-        self.root = ""
+        view = self._checked(offset, data)
         found = digests.of_blocks(view)
+        with self._writing():
+            return self._store(offset, view, found)
+
+    def merge(self, offset: int, data: Buffer) -> int:
+        """Do as ``write``, but leave alone the blocks that have this content already.
+
+        Returns:
+            The bytes that were written.
+
+        Raises:
+            ImageDamaged: the digests that the image began with cannot be read.
+            StoreFull, StoreError: as for ``write``.
+        """
+        view = self._checked(offset, data)
+        found = digests.of_blocks(view)
+        known = self._known(offset, len(found))
         written = 0
-        with told("write", self.path):
-            for zero, start, stop in digests.runs(found, length=len(view)):
-                if zero:
-                    sparse.punch(self._fd, offset + start, stop - start)
-                else:
-                    self._writer.write(view[start:stop], offset + start)
-                    written += stop - start
-            self._put_digests(offset, found)
+        with self._writing():
+            for start, stop in digests.differences(found, known, length=len(view)):
+                written += self._store(offset + start, view[start:stop], _part(found, start, stop))
+            if self.origin == "resumed" and written < len(view):
+                written += self._mend(offset, view, found, known)
         return written
 
+    def differing(self, offset: int, data: Buffer) -> int:
+        """Return how many blocks of ``data`` are not those of the image; nothing is written.
+
+        Args:
+            offset: as for ``write``.
+            data: as for ``write``.
+
+        Raises:
+            ImageDamaged: the digests that the image began with cannot be read.
+        """
+        view = self._checked(offset, data)
+        found = digests.of_blocks(view)
+        known = self._known(offset, len(found))
+        runs = digests.differences(found, known, length=len(view))
+        return sum(-(-(stop - start) // digests.BLOCK) for start, stop in runs)
+
     def zero(self, offset: int, length: int) -> None:
-        """Make ``length`` bytes at ``offset`` zero without storing any; ranges as for ``write``."""
+        """Make ``length`` bytes at ``offset`` zero without storing any; ranges as for ``write``.
+
+        What is zero already costs next to nothing.
+        """
         self._check_range(offset, length)
-        first = offset // digests.BLOCK * digests.LENGTH
-        self.root = ""
-        with told("write", self.path):
-            if length:
-                sparse.punch(self._fd, offset, length)
-                sparse.punch(self._digest_fd, first, digests.array_length(length))
+        with self._writing():
+            for start, stop in self._not_zero(Extent(offset, offset + length)):
+                sparse.punch(self._fd, start, stop - start)
+                sparse.punch(self._digest_fd, _entry(start), _entry(stop) - _entry(start))
+
+    def flush(self) -> None:
+        """Bring to disk what was written before the call: the image, then its digests.
+
+        Other threads may go on writing; what they write meanwhile may be on disk or not.
+
+        Raises:
+            StoreFull, StoreError: not everything could be written; the image is not usable.
+        """
+        with self._writing():
+            self._writer.drain()
+            os.fdatasync(self._fd)
+            os.fdatasync(self._digest_fd)
 
     def finish(self) -> str:
         """Bring everything to disk, then return the digest root.
@@ -189,11 +241,25 @@ class Image:
         Raises:
             StoreFull, StoreError: not everything could be written; the image is not usable.
         """
-        with told("write", self.path):
+        with self._writing():
             self._writer.drain()
             os.fsync(self._fd)
             os.fsync(self._digest_fd)
-            self.root = digest_root(self._digest_fd)
+            root = imagefiles.digest_root(self._digest_fd)
+        self.root = root
+        return root
+
+    def recheck(self) -> str:
+        """Return the digest root of an image that an earlier run finished, and set ``root``.
+
+        Raises:
+            ImageDamaged: its digests cannot be read.
+        """
+        with (
+            told("read", self.path),
+            imagefiles.readable(self._files.folder.path / self._files.digests),
+        ):
+            self.root = imagefiles.digest_root(self._digest_fd)
         return self.root
 
     def close(self) -> None:
@@ -214,6 +280,23 @@ class Image:
             self._files.folder.remove(self._files.digests)
             raise
 
+    @contextmanager
+    def _writing(self) -> Generator[None]:
+        if self._failure is not None:
+            raise type(self._failure)(str(self._failure))
+        self.root = ""
+        try:
+            with told("write", self.path):
+                yield
+        except errors.StoreError as exc:
+            self._failure = exc
+            raise
+
+    def _checked(self, offset: int, data: Buffer) -> memoryview:
+        view = memoryview(data).cast("B")
+        self._check_range(offset, len(view))
+        return view
+
     def _check_range(self, offset: int, length: int) -> None:
         stop = offset + length
         whole = stop % digests.BLOCK == 0 or stop == self.size
@@ -222,20 +305,69 @@ class Image:
                 f"cannot write {self.path}: {length} bytes at {offset} are no whole blocks of it"
             )
 
+    def _store(self, offset: int, view: memoryview, found: bytes) -> int:
+        """Write ``view``, then its digests ``found``; return the bytes that are no zero blocks."""
+        written = 0
+        for zero, start, stop in digests.runs(found, length=len(view)):
+            if zero:
+                sparse.punch(self._fd, offset + start, stop - start)
+            else:
+                self._writer.write(view[start:stop], offset + start)
+                written += stop - start
+        self._put_digests(offset, found)
+        return written
+
     def _put_digests(self, offset: int, found: bytes) -> None:
-        at = offset // digests.BLOCK * digests.LENGTH
+        if not found:
+            return
         if found.count(0) == len(found):
-            sparse.punch(self._digest_fd, at, len(found))
+            sparse.punch(self._digest_fd, _entry(offset), len(found))
         else:
-            sparse.write_all(self._digest_fd, memoryview(found), at)
+            sparse.write_all(self._digest_fd, memoryview(found), _entry(offset))
+
+    def _known(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes of digests as they are, from that of the block at ``offset``."""
+        path = self._files.folder.path / self._files.digests
+        with told("read", path), imagefiles.readable(path):
+            return sparse.read_all(self._digest_fd, length, _entry(offset))
+
+    def _mend(self, offset: int, view: memoryview, found: bytes, known: bytes) -> int:
+        """Write the blocks whose digests are right already, but which are not there themselves."""
+        written = 0
+        for start in range(0, len(view), digests.BLOCK):
+            block = view[start : start + digests.BLOCK]
+            digest = _part(found, start, start + digests.BLOCK)
+            same = digest == _part(known, start, start + digests.BLOCK)
+            if same and not self._holds(offset + start, block):
+                written += self._store(offset + start, block, digest)
+        return written
+
+    def _holds(self, offset: int, block: memoryview) -> bool:
+        try:
+            return sparse.read_all(self._fd, len(block), offset) == block.tobytes()
+        except sparse.Unreadable:
+            return False
+
+    def _not_zero(self, where: Extent) -> Iterator[Extent]:
+        """Yield what may hold something else than zeros, in whole blocks, not in order."""
+        if self.origin == "resumed":
+            for start, stop in sparse.data_in(self._fd, where):
+                whole = -(-stop // digests.BLOCK) * digests.BLOCK
+                yield Extent(start - start % digests.BLOCK, min(whole, where.stop))
+        entries = Extent(_entry(where.start), _entry(where.stop))
+        stored = sparse.data_in(self._digest_fd, entries)
+        for start, stop in extents.split(stored, size=_ZERO_STEP):
+            part = sparse.read_all(self._digest_fd, stop - start, start)
+            if part.count(0) < len(part):
+                yield Extent(_block(start), min(_block(stop), where.stop))
 
     def _take(
         self, sources: tuple[int, int], *, base_size: int, copied: Callable[[int], None] | None
     ) -> None:
-        if not _reflink(sources[0], self._fd):
+        if not sparse.reflink(sources[0], self._fd):
             self.origin = "copy"
             self._copy(sources[0], base_size=base_size, copied=copied)
-        if not _reflink(sources[1], self._digest_fd):
+        if not sparse.reflink(sources[1], self._digest_fd):
             os.ftruncate(self._digest_fd, digests.array_length(base_size))
             for extent in sparse.data_extents(sources[1], size=digests.array_length(base_size)):
                 sparse.copy_range(sources[1], self._digest_fd, extent)
@@ -267,26 +399,22 @@ class Image:
             self._put_digests(start, digests.of_block(memoryview(block)))
 
 
-def digest_root(fd: int) -> str:
-    """Return the digest of a whole digest array, as ``b3sum`` of the file prints it."""
-    size = os.fstat(fd).st_size
-    hasher = blake3.blake3()
-    zeros = bytes(_ROOT_STEP)
-    at = 0
-    # a 16 TiB disk has an array of 4 GiB, mostly a hole: its zeros are hashed without being read
-    for data in extents.split(sparse.data_extents(fd, size=size), size=_ROOT_STEP):
-        _hash_zeros(hasher, zeros, data.start - at)
-        hasher.update(sparse.read_all(fd, data.length, data.start))
-        at = data.stop
-    _hash_zeros(hasher, zeros, size - at)
-    return hasher.hexdigest()
+def _entry(offset: int) -> int:
+    """Return where in the array the digest of the block at ``offset`` begins.
+
+    For the end of a disk, be it within a block, that is the end of the array.
+    """
+    return digests.array_length(offset)
 
 
-def _hash_zeros(hasher: blake3.blake3, zeros: bytes, length: int) -> None:
-    while length > 0:
-        step = min(length, len(zeros))
-        hasher.update(memoryview(zeros)[:step])
-        length -= step
+def _block(entry: int) -> int:
+    """Return where the block begins whose digest is at ``entry`` in the array."""
+    return entry // digests.LENGTH * digests.BLOCK
+
+
+def _part(found: bytes, start: int, stop: int) -> bytes:
+    """Return the digests of bytes ``start`` to ``stop`` of the data that ``found`` is of."""
+    return found[_entry(start) : _entry(stop)]
 
 
 def reflink_supported(path: Path) -> bool:
@@ -301,64 +429,4 @@ def reflink_supported(path: Path) -> bool:
         second = stack.enter_context(tempfile.TemporaryFile(dir=path, prefix=".cbtfs-probe-"))
         first.write(bytes(digests.BLOCK))
         first.flush()
-        return _reflink(first.fileno(), second.fileno())
-
-
-def flaw(files: ImageFiles, *, size: int) -> str:
-    """Return what is wrong at first sight with an image of a disk of ``size`` bytes, or ""."""
-    for name, expected in ((files.name, size), (files.digests, digests.array_length(size))):
-        found = files.folder.size(name)
-        if found < 0:
-            return f"{name} is missing"
-        if found != expected:
-            return f"{name} has {found} bytes instead of {expected}"
-    return ""
-
-
-def digests_match(files: ImageFiles, *, size: int, root: str) -> bool:
-    """Tell whether the digest array of an image of ``size`` bytes is there and has this root.
-
-    Raises:
-        StoreError: it cannot be read.
-    """
-    if flaw(files, size=size):
-        return False
-    fd = files.folder.open_file(files.digests)
-    try:
-        with told("read", files.folder.path / files.digests):
-            return digest_root(fd) == root
-    finally:
-        os.close(fd)
-
-
-def _new_files(files: ImageFiles) -> tuple[int, int]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-    fd = files.folder.open_file(files.name, flags=flags)
-    try:
-        return fd, files.folder.open_file(files.digests, flags=flags)
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-@contextmanager
-def _opened(base: ImageFiles, *, size: int) -> Generator[tuple[int, int]]:
-    problem = flaw(base, size=size)
-    if problem:
-        raise errors.ImageDamaged(f"{base.folder.path} is no base for a copy: {problem}")
-    with ExitStack() as stack:
-        fds = [base.folder.open_file(name) for name in (base.name, base.digests)]
-        for fd in fds:
-            stack.callback(os.close, fd)
-        yield fds[0], fds[1]
-
-
-def _reflink(source: int, target: int) -> bool:
-    """Make ``target`` share all extents of ``source``; return False if that is impossible here."""
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError as exc:
-        if exc.errno in _NO_REFLINK:
-            return False
-        raise
-    return True
+        return sparse.reflink(first.fileno(), second.fileno())

@@ -1,13 +1,16 @@
 """Sparse: reading, copying and writing files with holes, and keeping the page cache clean.
 
-Plain functions on descriptors; an ``OSError`` passes through, for who knows the path to name it.
+The only module that makes ioctls. Plain functions on descriptors; an ``OSError`` passes through,
+for who knows the path to name it.
 """
 
 import ctypes
 import errno
+import fcntl
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 from . import extents, units
 from .extents import Extent
@@ -24,38 +27,103 @@ _PAGE = 4096
 _STEP = 8 * units.MiB
 """Bytes moved through our own memory at a time, where the kernel cannot do it alone."""
 
+_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int), on x86 and Arm
+_NO_REFLINK = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS}
 _NO_COPY_RANGE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS}
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 _START_WRITE = 2  # linux/fs.h: SYNC_FILE_RANGE_WRITE
 _WRITE_AND_WAIT = 1 | 2 | 4  # linux/fs.h: WAIT_BEFORE, WRITE, WAIT_AFTER
 _REAL_FAILURES = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
+_UNREADABLE = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA}
+"""What a read fails with if the disk or the file system below is damaged (XFS: EFSCORRUPTED is
+EUCLEAN, EFSBADCRC is EBADMSG; block layer: a medium error is ENODATA)."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class Unreadable(OSError):
+    """A read met damage below the file."""
+
+
+def is_unreadable(exc: BaseException | None) -> bool:
+    """Tell whether ``exc``, of a read, says that the disk or file system below is damaged."""
+    return isinstance(exc, OSError) and exc.errno in _UNREADABLE
+
+
+@contextmanager
+def reading() -> Generator[None]:
+    """Raise ``Unreadable`` where a read within meets damage."""
+    try:
+        yield
+    except OSError as exc:
+        if is_unreadable(exc):
+            raise Unreadable(exc.errno, exc.strerror) from exc
+        raise
+
+
 def data_extents(fd: int, *, size: int) -> Iterator[Extent]:
-    """Yield what is not a hole in the first ``size`` bytes of a file; moves its file position."""
-    stop = 0
-    while stop < size:
-        try:
-            start = os.lseek(fd, stop, os.SEEK_DATA)
-        except OSError as exc:
-            if exc.errno == errno.ENXIO:  # nothing but a hole up to the end
+    """Yield what is not a hole in the first ``size`` bytes of a file; moves its file position.
+
+    Raises:
+        Unreadable: the file system's own data are damaged.
+    """
+    yield from data_in(fd, Extent(0, size))
+
+
+def data_in(fd: int, where: Extent) -> Iterator[Extent]:
+    """Yield the parts of ``where`` that are no hole, as ``data_extents`` does for a whole file."""
+    stop = where.start
+    while stop < where.stop:
+        with reading():
+            start = _next_data(fd, stop)
+            if start < 0:
                 return
-            raise
-        stop = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+            stop = min(os.lseek(fd, start, os.SEEK_HOLE), where.stop)
         if start < stop:
             yield Extent(start, stop)
 
 
+def _next_data(fd: int, offset: int) -> int:
+    """Return where there is data from ``offset`` on; -1 if there is only a hole up to the end."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as exc:
+        if exc.errno == errno.ENXIO:
+            return -1
+        raise
+
+
+def reflink(source: int, target: int) -> bool:
+    """Make ``target`` share all extents of ``source``; return False if that is impossible here.
+
+    Raises:
+        Unreadable: the file system's own data are damaged.
+    """
+    with reading():
+        try:
+            fcntl.ioctl(target, _FICLONE, source)
+        except OSError as exc:
+            if exc.errno in _NO_REFLINK:
+                return False
+            raise
+    return True
+
+
 def copy_range(source: int, target: int, extent: Extent) -> None:
-    """Copy the bytes of ``extent`` between two files, in the kernel if it can."""
+    """Copy the bytes of ``extent`` between two files, in the kernel if it can.
+
+    Raises:
+        Unreadable: ``source`` is damaged.
+        OSError: anything else.
+    """
     at, stop = extent
     while at < stop:
         try:
             count = os.copy_file_range(source, target, stop - at, at, at)
         except OSError as exc:
-            if exc.errno not in _NO_COPY_RANGE:
+            # of damage it does not say on which side: reading alone does
+            if exc.errno not in _NO_COPY_RANGE and not is_unreadable(exc):
                 raise
             count = 0
         if count == 0:  # not possible between these two: through our own memory then
@@ -69,13 +137,14 @@ def read_all(fd: int, length: int, offset: int) -> bytes:
     """Return ``length`` bytes from ``offset``.
 
     Raises:
-        OSError: EIO if the file ends before.
+        Unreadable: there is damage, or the file ends before.
     """
     parts: list[bytes] = []
     while length:
-        part = os.pread(fd, length, offset)
+        with reading():
+            part = os.pread(fd, length, offset)
         if not part:
-            raise OSError(errno.EIO, "the file ends early")
+            raise Unreadable(errno.EIO, "the file ends early")
         parts.append(part)
         offset += len(part)
         length -= len(part)

@@ -11,7 +11,7 @@
         │   └── damaged.json             only if verify found damage
         ├── latest -> 20261122T020000Z
         ├── .lock                        held by whoever works on this VM
-        └── .partial-20261122T020000Z/   work in progress, or what is left of it
+        └── .partial-20261122T020000Z/   work in progress, or what is left of it, with its journal
 
 Rules of this file:
 
@@ -32,11 +32,11 @@ from pathlib import Path
 
 import msgspec
 
-from . import __version__, catalogue, damage, errors, image, lock, stage as stages, tree
+from . import __version__, catalogue, damage, errors, image, imagefiles, lock, stage as stages, tree
 from .catalogue import Catalogue, DiskPoint, Point, Reference, VMHistory
 from .damage import Damage
 from .folder import FOLDER_MODE, Folder, told
-from .image import ImageFiles
+from .imagefiles import ImageFiles
 from .stage import Intent, Leftover, Stage, file_names
 
 __all__ = [
@@ -269,6 +269,17 @@ class Store:
         """
         if not catalogue.is_time(time):
             raise errors.StoreError(f"{time!r} cannot be the name of a restore point")
+        return self._stage(vm_uuid, time, resumed=False)
+
+    def resume(self, leftover: Leftover) -> Stage:
+        """Go on with a partial point; the caller holds the VM's lock, and closes the stage.
+
+        Raises:
+            StoreError: it is not there any more, or there is a point of that time.
+        """
+        return self._stage(leftover.vm_uuid, leftover.time, resumed=True)
+
+    def _stage(self, vm_uuid: str, time: str, *, resumed: bool) -> Stage:
         with ExitStack() as stack:
             vm = stack.enter_context(self._vm(vm_uuid))
             if vm.exists(time):
@@ -277,6 +288,7 @@ class Store:
                 vm,
                 vm_uuid=vm_uuid,
                 time=time,
+                resumed=resumed,
                 ended=lambda: self._staged.discard((vm_uuid, time)),
                 committed=self._update_names,
             )
@@ -296,8 +308,15 @@ class Store:
             for name in vm.names():
                 time = stages.partial_time(name)
                 if time and (vm_uuid, time) not in self._staged:
-                    intent = stages.read_intent(vm, name)
-                    found.append(Leftover(vm_uuid, time, vm.path / name, intent))
+                    found.append(
+                        Leftover(
+                            vm_uuid,
+                            time,
+                            vm.path / name,
+                            stages.read_intent(vm, name),
+                            stages.read_journal(vm, name),
+                        )
+                    )
         return found
 
     def times(self, vm_uuid: str) -> frozenset[str]:
@@ -317,12 +336,8 @@ class Store:
         Raises:
             StoreError: it cannot be removed.
         """
-        name = stages.partial_name(leftover.time)
         with self._vm(leftover.vm_uuid) as vm:
-            if vm.is_folder(name):
-                vm.remove_folder(name)
-            else:
-                vm.remove(name)
+            vm.remove_all(stages.partial_name(leftover.time))
 
     def verify(
         self, reference: Reference, *, advanced: Callable[[int], None] | None = None
@@ -410,7 +425,7 @@ def _read_point(vm: Folder, time: str, *, vm_uuid: str) -> Point:
             raise errors.StoreError(f"its {stages.POINT} is of another point, {point.time}")
         for disk in point.disks:
             files = ImageFiles(folder, disk.file, disk.digests)
-            problem = image.flaw(files, size=disk.size)
+            problem = imagefiles.flaw(files, size=disk.size)
             if problem:
                 raise errors.StoreError(problem)
     return point

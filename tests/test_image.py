@@ -12,9 +12,10 @@ from pathlib import Path
 import blake3
 import pytest
 
-from cbtfs import digests, errors, image, sparse
+from cbtfs import digests, errors, image, imagefiles, sparse
 from cbtfs.folder import Folder
-from cbtfs.image import Image, ImageFiles
+from cbtfs.image import Image
+from cbtfs.imagefiles import ImageFiles
 
 BLOCK = 64 << 10
 ODD = 2 * BLOCK + 512
@@ -192,7 +193,7 @@ def test_a_failed_clone_leaves_no_files(
         raise OSError(errno.EIO, "no")
 
     make(files, noise(BLOCK))
-    monkeypatch.setattr(image, "_reflink", fail)
+    monkeypatch.setattr(sparse, "reflink", fail)
     with pytest.raises(errors.StoreError, match="cannot create"):
         Image.clone(second, base=files, base_size=BLOCK, size=BLOCK)
     assert not second.path.exists()
@@ -273,7 +274,7 @@ def test_a_clone_shares_its_extents(reflink_dir: Path) -> None:
 
 
 def test_without_reflinks_holes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(sparse, "reflink", lambda source, target: False)
     content = bytes(300 * BLOCK) + noise(200 * BLOCK) + bytes(300 * BLOCK)
     steps: list[int] = []
 
@@ -293,7 +294,7 @@ def test_without_reflinks_holes_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_copy_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(sparse, "reflink", lambda source, target: False)
 
     def stop(length: int) -> None:
         raise KeyboardInterrupt
@@ -313,7 +314,7 @@ def test_a_file_system_without_copy_file_range_is_copied_by_hand(
     def refuse(*arguments: int) -> int:
         raise OSError(errno.EXDEV, "no")
 
-    monkeypatch.setattr(image, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(sparse, "reflink", lambda source, target: False)
     monkeypatch.setattr(os, "copy_file_range", refuse)
     make(files, noise(ODD))
 
@@ -415,7 +416,7 @@ def test_written_pages_leave_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_root_of_a_huge_sparse_array_is_that_of_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image, "_ROOT_STEP", 10_000)
+    monkeypatch.setattr(imagefiles, "_ROOT_STEP", 10_000)
     path = tmp_path / "a.b3"
     with path.open("w+b") as file:
         file.seek(70_000)
@@ -423,7 +424,7 @@ def test_the_root_of_a_huge_sparse_array_is_that_of_its_bytes(
         file.truncate(200_000)
         file.flush()
 
-        assert image.digest_root(file.fileno()) == blake3.blake3(path.read_bytes()).hexdigest()
+        assert imagefiles.digest_root(file.fileno()) == blake3.blake3(path.read_bytes()).hexdigest()
 
 
 def test_reflinks_are_found_where_they_are(reflink_dir: Path, tmp_path: Path) -> None:
