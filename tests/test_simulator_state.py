@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cbtfs import errors
@@ -192,6 +193,14 @@ def test_commands_answer_in_json(tmp_path: Path) -> None:
     assert json.dumps([status, volume, name])
     failed = small.pool.control("call", "VDI.destroy", small.root)
     assert failed == {"error": ["VDI_IN_USE", small.root, "destroy"]}
+
+
+def test_a_record_with_times_goes_through_the_control_socket(tmp_path: Path) -> None:
+    small = SmallPool(tmp_path)
+
+    record = small.pool.control("call", "VM.get_record", small.web1)
+
+    assert b"19700101T00:00:00Z" in msgspec.json.encode(record)
 
 
 @pytest.mark.parametrize(

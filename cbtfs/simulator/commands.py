@@ -168,7 +168,9 @@ def _save(state: State, _: Sequence[str]) -> object:
 def _call(state: State, args: Sequence[str]) -> object:
     try:
         params = [_parameter(arg) for arg in args[1:]]
-        return api.invoke(state, args[0], params, host=state.master, session="")
+        answer = api.invoke(state, args[0], params, host=state.master, session="")
+        plain: object = json.loads(json.dumps(answer))  # times are strings of a class of their own
+        return plain
     except SimError as failure:
         return {"error": [failure.code, *failure.params]}
 
