@@ -2,32 +2,78 @@
 
 ::
 
-    changed blocks known?  yes: clone the base, copy only those      (incremental)
-                           no:  begin empty, copy everything         (full)
+    method        begins as            reads                            writes
+    full          nothing              what may hold data, or all       what it read
+    incremental   clone of the base    changed blocks, and a sample     the changed blocks
+    compare       clone of an image    what may hold data, or all       the blocks that differ
+    resume        its half-made image  what is left of one of these     as that
 
 The plan was made before the snapshot was taken, so what the snapshot shows goes before it: its
-size, and whether the pool can really name the changed blocks.
+size, and whether the pool can really name the changed blocks. And what the pool says is not
+believed blindly: blocks that should be as they were are read, a few of them, and compared. One that
+differs turns an increment into a comparison of everything, over the same image.
+
+Rules of this file:
+
+1. ``list_changed_blocks`` comes before everything that attaches the snapshot: xapi refuses it while
+   a VBD is attached, and ours in dom0 counts (xen-api, xapi_vdi.ml). An export of the block
+   allocation table comes next, the NBD connections last.
+2. The journal never says more than is on disk: first the position is taken, then the image is
+   brought to disk, then the position is written down.
 """
 
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from random import Random, SystemRandom
 from time import monotonic
-from typing import Self
 
+import msgspec
 import trio
 
-from . import errors, plan as planning, units
+from . import errors, extents, plan as planning, units
 from .bitmap import ChangeBitmap
 from .catalogue import DiskPoint
 from .copier import Copier, Source
-from .extents import Extent
 from .image import Image
 from .inventory import VDI
-from .plan import Base, DiskPlan, Reason
+from .journal import DiskJournal
+from .landing import Landing
+from .plan import DiskPlan, Reason
 from .pool import Pool
 from .progress import Progress
+from .rate import Rate
+from .sample import Sample
 from .store import Stage, file_names
+from .work import Work
+
+FLUSH_BYTES = 256 * units.MiB
+"""Bytes read between two entries in the journal, so after a crash at most about twice that are read
+again: what came since the last entry, and what came while the next one was being written."""
+
+FLUSH_SECONDS = 10.0
+"""Seconds between two entries in the journal, for slow links."""
+
+WORTH_ASKING = 16 * units.MiB
+"""Size of a disk from which on the pool is asked what may hold data: to attach the disk for that
+takes longer than to read one that is smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOptions:
+    """How to copy.
+
+    Attributes:
+        connections: NBD connections to use.
+        sample: how many blocks that need not be read are read nevertheless, and compared.
+        rate: shared with all other disks, or None.
+        rng: draws the sample; nobody can foresee what it will be.
+    """
+
+    connections: int = 2
+    sample: Sample = field(default_factory=Sample)
+    rate: Rate | None = None
+    rng: Random = field(default_factory=SystemRandom)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,91 +87,340 @@ class Told:
         """Pass on what one more piece added, in bytes."""
         self.progress.advanced(self.key, read=read, written=written)
 
+    def message(self, text: str) -> None:
+        """Tell a sentence about the disk."""
+        self.progress.message(f"{self.key}: {text}")
+
 
 async def copy_disk(
-    pool: Pool, stage: Stage, disk: DiskPlan, vdi: VDI, *, connections: int, told: Told
+    pool: Pool, stage: Stage, disk: DiskPlan, vdi: VDI, *, options: CopyOptions, told: Told
 ) -> DiskPoint:
     """Copy the snapshot ``vdi`` of ``disk`` into ``stage``; return its record.
+
+    If it fails for anything but the store, or is cancelled, what was copied is on record in the
+    stage's journal, and a later call for the same snapshot goes on from there.
 
     Args:
         pool: where the snapshot is.
         stage: the restore point in the making.
         disk: what was planned for the disk.
         vdi: its snapshot, which no NBD client has open yet.
-        connections: how many NBD connections to use.
+        options: how to.
         told: hears of the progress; ``disk_finished`` is the caller's to tell.
 
     Raises:
         CbtfsError: the disk could not be copied; its half-made image stays in ``stage``.
     """
-    begun = monotonic()
-    work = await _decide(pool, disk, vdi)
-    spent = 0
+    return await _DiskCopy(pool, stage, disk, vdi, options, told).run()
 
-    def copied(count: int) -> None:
-        nonlocal spent
-        spent += count
-        # without reflinks a clone takes long, and must not outlive a Ctrl-C
-        trio.from_thread.check_cancelled()
 
-    try:
-        image = await trio.to_thread.run_sync(work.open_image, stage, copied)
-    except errors.ImageDamaged as exc:
-        work = _Work.full(disk, vdi, reason=Reason.BASE_DAMAGED, detail=str(exc))
-        image = await trio.to_thread.run_sync(work.open_image, stage, copied)
-    if image.origin == "copy":
-        told.progress.message(
-            f"{told.key}: the store cannot share blocks (no XFS or btrfs), so"
-            f" {units.format_size(spent)} of the last image were copied, and take space again"
+class _DiskCopy:
+    """One disk on its way; made for one ``run``."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        stage: Stage,
+        disk: DiskPlan,
+        vdi: VDI,
+        options: CopyOptions,
+        told: Told,
+    ) -> None:
+        self._pool = pool
+        self._stage = stage
+        self._vdi = vdi
+        self._options = options
+        self._told = told
+        self._begun = monotonic()
+        self._plan = disk
+        self._before = stage.journaled.get(disk.device) if disk.method == "resume" else None
+        self._allocated = -1
+        self._compared = self._wrong = 0
+        self._read = self._written = 0
+        self._unnoted = 0  # bytes read since the last entry
+        self._note_due = trio.Event()
+        self._journal_failure: errors.StoreError | None = None
+
+    async def run(self) -> DiskPoint:
+        if self._before is not None and self._before.finished is not None:
+            if await self._taken_over(self._before.finished):
+                return self._before.finished
+            method = self._before.method if self._plan.base is not None else "full"
+            self._plan = replace(self._plan, method=method)
+            self._begin_anew()
+        work, image = await self._open_image(await self._decide())
+        try:
+            wrong = await self._copy(work, image)
+            while wrong is not None:
+                work = await self._distrusting(work, str(wrong))
+                wrong = await self._copy(work, image)
+            root = await trio.to_thread.run_sync(image.finish)
+        finally:
+            image.close()
+        point = self._point(work, root)
+        entry = msgspec.structs.replace(self._entry(work, work.size), finished=point)
+        await trio.to_thread.run_sync(self._stage.journal, entry)
+        return point
+
+    # ── what to do ───────────────────────────────────────────────────────────────────────────────
+
+    async def _decide(self) -> Work:
+        """Return what to do, given what the pool knows of the snapshot."""
+        disk, vdi = self._plan, self._vdi
+        if self._before is not None:
+            disk = replace(disk, method=self._before.method)
+        base = disk.base
+        if base is not None and vdi.size < base.disk.size:
+            detail = f"the disk shrank since {base.time}"
+            disk = planning.fall_back(disk, reason=Reason.RESIZED, detail=detail)
+        elif base is not None and disk.method == "incremental":
+            try:
+                changes = await self._pool.changed_blocks(base.snapshot_ref, vdi.ref, size=vdi.size)
+            except errors.ChangesUnknown as exc:
+                self._begin_anew()
+                disk = planning.fall_back(disk, reason=Reason(exc.reason), detail=str(exc))
+            else:
+                return self._sampled(Work(disk=disk, size=vdi.size, expected=changes))
+        return await self._all_of_it(disk)
+
+    def _begin_anew(self) -> None:
+        """Forget that the disk was begun before: what was left to do is not known any more."""
+        self._before = None
+
+    def _sampled(self, work: Work) -> Work:
+        """Return ``work`` with its sample, and beginning where the journal says."""
+        offset = self._before.offset if self._before is not None else 0
+        if work.expected is None:
+            return replace(work, offset=offset)
+        unchanged = -(-work.size // units.CBT_BLOCK) - work.expected.changed_blocks
+        count = self._options.sample.count(unchanged)
+        sample = work.expected.sampled(count, self._options.rng) if count else None
+        return replace(work, sample=sample, offset=offset)
+
+    async def _all_of_it(self, disk: DiskPlan) -> Work:
+        """Return the work of reading all that may hold data."""
+        work = Work(disk=disk, size=self._vdi.size)
+        if work.size < WORTH_ASKING:
+            return self._sampled(work)
+        try:
+            allocated = await self._pool.allocated(self._vdi.ref, size=work.size)
+        except errors.AllocationUnknown as exc:
+            detail = f"{disk.detail}; all of it is read: {exc}"
+            return self._sampled(replace(work, disk=replace(disk, detail=detail)))
+        self._allocated = allocated.changed_bytes
+        return self._sampled(replace(work, expected=allocated))
+
+    async def _distrusting(self, work: Work, why: str) -> Work:
+        """Return what to do instead of ``work``, whose list of blocks turned out wrong."""
+        if work.disk.method == "incremental":
+            self._told.message(
+                f"the pool's list of changed blocks is wrong ({why}); the whole disk is compared"
+            )
+            disk = replace(work.disk, method="compare", reason=Reason.CBT_MISMATCH, detail=why)
+            return await self._all_of_it(disk)
+        self._told.message(f"the pool's block allocation is wrong ({why}); all of it is read")
+        self._allocated = -1
+        return Work(disk=replace(work.disk, detail=f"{work.disk.detail}; {why}"), size=work.size)
+
+    # ── the image ────────────────────────────────────────────────────────────────────────────────
+
+    async def _open_image(self, work: Work) -> tuple[Work, Image]:
+        spent = 0
+
+        def copied(count: int) -> None:
+            nonlocal spent
+            spent += count
+            # without reflinks a clone takes long, and must not outlive a Ctrl-C
+            trio.from_thread.check_cancelled()
+
+        if self._before is not None:
+            try:
+                return work, await trio.to_thread.run_sync(self._make_image, work, copied)
+            except errors.ImageDamaged:
+                self._begin_anew()
+                work = replace(work, offset=0)
+        try:
+            image = await trio.to_thread.run_sync(self._make_image, work, copied)
+        except errors.ImageDamaged as exc:
+            damaged = planning.fall_back(work.disk, reason=Reason.BASE_DAMAGED, detail=str(exc))
+            work = await self._all_of_it(damaged)
+            image = await trio.to_thread.run_sync(self._make_image, work, copied)
+        if image.origin == "copy":
+            self._told.message(
+                "the store cannot share blocks (no XFS or btrfs), so"
+                f" {units.format_size(spent)} of the last image were copied, and take space again"
+            )
+        return work, image
+
+    def _make_image(self, work: Work, copied: Callable[[int], None]) -> Image:
+        """Open the image to copy into; ``copied`` hears of the bytes where a clone is a copy."""
+        file, _ = file_names(work.disk.device)
+        base = work.disk.base
+        if self._before is not None:
+            return self._stage.reopened_image(file, size=work.size)
+        if base is None:
+            return self._stage.new_image(file, size=work.size)
+        return self._stage.cloned_image(
+            file, base_time=base.time, base=base.disk, size=work.size, copied=copied
         )
-    told.progress.disk_started(
-        told.key, method=work.disk.method, reason=work.disk.reason, total=work.bytes_changed
-    )
-    try:
+
+    async def _taken_over(self, point: DiskPoint) -> bool:
+        """Tell whether the image that an interrupted run had finished is still as it was."""
+        file, _ = file_names(point.device)
+        try:
+            image = await trio.to_thread.run_sync(
+                lambda: self._stage.reopened_image(file, size=point.size)
+            )
+            with image:
+                await trio.to_thread.run_sync(image.recheck)
+        except errors.StoreError:
+            return False
+        return image.root == point.digest_root
+
+    # ── copying ──────────────────────────────────────────────────────────────────────────────────
+
+    async def _copy(self, work: Work, image: Image) -> errors.BitmapWrong | None:
+        """Bring ``work`` over; return why it must be done otherwise, None when it is done."""
+        self._told.progress.disk_started(
+            self._told.key,
+            method=self._method(work),
+            reason=work.disk.reason,
+            total=extents.total(work.wanted()),
+        )
+        if work.disk.method == "compare" and work.expected is not None:
+            await trio.to_thread.run_sync(_clear_rest, image, work.expected)
+        landing = Landing(image, work)
         copier = Copier(
-            lambda: _connect(pool, vdi), image, connections=connections, advanced=told.advanced
+            lambda: _connect(self._pool, self._vdi),
+            landing,
+            connections=self._options.connections,
+            advanced=self._advanced,
+            rate=self._options.rate,
         )
-        tally = await copier.copy(work.extents())
-        root = await trio.to_thread.run_sync(image.finish)
-    finally:
-        image.close()
-    file, digests = file_names(disk.device)
-    return DiskPoint(
-        device=disk.device,
-        file=file,
-        digests=digests,
-        digest_root=root,
-        vdi_uuid=disk.vdi_uuid,
-        vdi_name=vdi.name,
-        sr_uuid=disk.sr_uuid,
-        size=vdi.size,
-        snapshot_uuid=vdi.uuid,
-        cbt=vdi.cbt_enabled,
-        method=work.disk.method,
-        reason=work.disk.reason,
-        base=work.base.time if work.base else "",
-        base_snapshot_uuid=work.base.snapshot_uuid if work.base else "",
-        extents=work.extent_count(),
-        bytes_changed=work.bytes_changed,
-        bytes_read=tally.read,
-        bytes_written=tally.written,
-        seconds=round(monotonic() - begun, 3),
-    )
+        failure: errors.CbtfsError | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_journal, copier, work, image, nursery.cancel_scope)
+                try:
+                    await copier.copy(work.wanted())
+                except errors.CbtfsError as exc:
+                    failure = exc
+                nursery.cancel_scope.cancel()
+            failure = failure or self._journal_failure
+        finally:
+            self._compared += landing.compared
+            self._wrong += landing.wrong
+            if copier.position is not None and not isinstance(failure, _NOTHING_TO_NOTE):
+                with trio.CancelScope(shield=True), suppress(errors.StoreError):
+                    await self._note(copier, work, image)
+        if failure is None or isinstance(failure, errors.BitmapWrong):
+            return failure
+        raise failure
+
+    def _advanced(self, read: int, written: int) -> None:
+        self._read += read
+        self._written += written
+        self._unnoted += read
+        if self._unnoted >= FLUSH_BYTES:
+            self._note_due.set()
+        self._told.advanced(read, written)
+
+    def _method(self, work: Work) -> str:
+        return "resume" if self._before is not None else work.disk.method
+
+    # ── the journal ──────────────────────────────────────────────────────────────────────────────
+
+    async def _keep_journal(
+        self, copier: Copier, work: Work, image: Image, everything: trio.CancelScope
+    ) -> None:
+        """Write entries until cancelled; if one cannot be written, end everything."""
+        try:
+            while True:
+                with trio.move_on_after(FLUSH_SECONDS):
+                    await self._note_due.wait()
+                self._note_due, self._unnoted = trio.Event(), 0
+                await self._note(copier, work, image)
+        except errors.StoreError as exc:
+            self._journal_failure = exc
+            everything.cancel()
+
+    async def _note(self, copier: Copier, work: Work, image: Image) -> None:
+        """Bring to disk what was copied so far, and write down how far that is."""
+        position = copier.position
+        entry = self._entry(work, work.size if position is None else position)
+        if entry.offset <= work.offset:
+            return
+
+        def keep() -> None:
+            image.flush()
+            self._stage.journal(entry)
+
+        await trio.to_thread.run_sync(keep)
+
+    def _entry(self, work: Work, offset: int) -> DiskJournal:
+        disk, before = work.disk, self._before
+        return DiskJournal(
+            device=disk.device,
+            vdi_uuid=disk.vdi_uuid,
+            snapshot_uuid=self._vdi.uuid,
+            size=work.size,
+            method=disk.method,
+            reason=disk.reason,
+            detail=disk.detail,
+            base=disk.base.time if disk.base else "",
+            base_snapshot_uuid=disk.base.snapshot_uuid if disk.base else "",
+            offset=offset,
+            bytes_read=self._read + (before.bytes_read if before else 0),
+            bytes_written=self._written + (before.bytes_written if before else 0),
+            seconds=self._seconds(),
+        )
+
+    # ── records ──────────────────────────────────────────────────────────────────────────────────
+
+    def _point(self, work: Work, root: str) -> DiskPoint:
+        disk, vdi, before = work.disk, self._vdi, self._before
+        file, digests = file_names(disk.device)
+        return DiskPoint(
+            device=disk.device,
+            file=file,
+            digests=digests,
+            digest_root=root,
+            vdi_uuid=disk.vdi_uuid,
+            vdi_name=vdi.name,
+            sr_uuid=disk.sr_uuid,
+            size=vdi.size,
+            snapshot_uuid=vdi.uuid,
+            cbt=vdi.cbt_enabled,
+            method=self._method(work),
+            resumed=disk.method if before is not None else "",
+            reason=disk.reason,
+            detail=disk.detail,
+            base=disk.base.time if disk.base else "",
+            base_snapshot_uuid=disk.base.snapshot_uuid if disk.base else "",
+            extents=work.extent_count(),
+            bytes_changed=work.total,
+            blocks_sampled=self._compared,
+            blocks_mismatched=self._wrong,
+            allocated=self._allocated,
+            bytes_read=self._read + (before.bytes_read if before else 0),
+            bytes_written=self._written + (before.bytes_written if before else 0),
+            seconds=self._seconds(),
+        )
+
+    def _seconds(self) -> float:
+        """Return the seconds spent on this disk, those of an interrupted run too."""
+        before = self._before.seconds if self._before is not None else 0.0
+        return round(monotonic() - self._begun + before, 3)
 
 
-async def _decide(pool: Pool, disk: DiskPlan, vdi: VDI) -> "_Work":
-    """Return what to copy of ``vdi``, the snapshot; all of it where the pool cannot tell."""
-    base = disk.base
-    if base is None:
-        return _Work(disk, vdi.size)
-    if vdi.size < base.disk.size:
-        detail = f"the disk shrank since {base.time}"
-        return _Work.full(disk, vdi, reason=Reason.RESIZED, detail=detail)
-    try:
-        changes = await pool.changed_blocks(base.snapshot_ref, vdi.ref, size=vdi.size)
-    except errors.ChangesUnknown as exc:
-        return _Work.full(disk, vdi, reason=Reason(exc.reason), detail=str(exc))
-    return _Work(disk, vdi.size, changes)
+_NOTHING_TO_NOTE = errors.StoreError, errors.BitmapWrong
+"""Failures after which an entry in the journal cannot be written, or would be of no use."""
+
+
+def _clear_rest(image: Image, allocated: ChangeBitmap) -> None:
+    """Make holes of all that is not ``allocated``: it reads as zeros, and is not read."""
+    for start, stop in extents.complement(allocated.extents(), stop=image.size):
+        image.zero(start, stop - start)
 
 
 @asynccontextmanager
@@ -137,50 +432,3 @@ async def _connect(pool: Pool, vdi: VDI) -> AsyncGenerator[Source]:
                 " nothing was copied: scan the SR and run sync again"
             )
         yield export
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What is to be copied of one snapshot: ``changes``, or without them all of it."""
-
-    disk: DiskPlan
-    size: int
-    changes: ChangeBitmap | None = None
-
-    @classmethod
-    def full(cls, disk: DiskPlan, vdi: VDI, *, reason: Reason, detail: str) -> Self:
-        """Return a full copy of ``vdi`` in place of the increment that was planned."""
-        return cls(planning.fall_back(disk, reason=reason, detail=detail), vdi.size)
-
-    @property
-    def base(self) -> Base | None:
-        """What the image is cloned from."""
-        return self.disk.base if self.changes is not None else None
-
-    @property
-    def bytes_changed(self) -> int:
-        """Bytes that the pool says differ from the base; all, if it cannot say."""
-        return self.size if self.changes is None else self.changes.changed_bytes
-
-    def extents(self) -> Iterator[Extent]:
-        """Return what to read, in order."""
-        if self.changes is not None:
-            return self.changes.extents()
-        return iter([Extent(0, self.size)] if self.size else [])
-
-    def extent_count(self) -> int:
-        """Return how many extents there are to read."""
-        return self.changes.extent_count() if self.changes is not None else int(self.size > 0)
-
-    def open_image(self, stage: Stage, copied: Callable[[int], None]) -> Image:
-        """Make the image to copy into; ``copied`` hears of the bytes where a clone is a copy."""
-        file, _ = file_names(self.disk.device)
-        if self.base is None:
-            return stage.new_image(file, size=self.size)
-        return stage.cloned_image(
-            file,
-            base_time=self.base.time,
-            base=self.base.disk,
-            size=self.size,
-            copied=copied,
-        )

@@ -177,11 +177,16 @@ def is_base_of(record: VDI | VM, owner: Owned) -> bool:
     )
 
 
-async def clear_vms(pool: Pool, inventory: Inventory, vm: VM, owner: Owned) -> list[str]:
-    """Destroy the snapshot VMs that earlier runs of ``owner`` left of ``vm``; disks stay."""
+async def clear_vms(
+    pool: Pool, inventory: Inventory, vm: VM, owner: Owned, *, kept: VM | None = None
+) -> list[str]:
+    """Destroy the snapshot VMs that earlier runs of ``owner`` left of ``vm``; disks stay.
+
+    ``kept``, if any, is the one that is gone on with.
+    """
     cleaner = _Cleaner(pool)
     for snapshot in inventory.vm_snapshots_of(vm):
-        if is_base_of(snapshot, owner):
+        if is_base_of(snapshot, owner) and snapshot != kept:
             await cleaner.destroy_vm(snapshot)
     return cleaner.problems
 

@@ -1,13 +1,16 @@
 """Target: what a restore point is made of - a VM with its disks, or a disk without VM."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from . import errors, plan as planning
+from . import errors, plan as planning, resume
 from .catalogue import VMHistory
 from .inventory import VDI, VM, Inventory
 from .plan import VMPlan
+from .process import Process
+from .resume import Resumption
 from .sample import Sample
-from .store import Store
+from .store import Leftover, Store
 
 Target = VM | VDI
 """What a restore point is made of: a VM with its disks, or a disk without VM."""
@@ -48,13 +51,30 @@ def plan_one(
     options: SyncOptions,
 ) -> VMPlan:
     """Return what to do with the disks of ``target``, given its restore points so far."""
+    leftovers = [left for left in store.leftovers(key_of(target)) if not _is_alive(left)]
+    plan, resumption = decide(
+        inventory, store, target, leftovers=leftovers, history=history, options=options
+    )
+    return resumption.plan if resumption is not None else plan
+
+
+def decide(
+    inventory: Inventory,
+    store: Store,
+    target: Target,
+    *,
+    leftovers: Sequence[Leftover],
+    history: VMHistory | None,
+    options: SyncOptions,
+) -> tuple[VMPlan, Resumption | None]:
+    """Return what to do with ``target`` in a new restore point, and what to go on with instead."""
     key = key_of(target)
 
     def damaged(time: str, device: str) -> bool:
         return device in store.damaged(key, time)
 
     if isinstance(target, VM):
-        return planning.plan_vm(
+        plan = planning.plan_vm(
             inventory,
             target,
             history,
@@ -63,9 +83,25 @@ def plan_one(
             exclude=options.exclude_disks,
             damaged=damaged,
         )
-    return planning.plan_vdi(
-        inventory, target, history, store=store.uuid, full=options.full, damaged=damaged
+    else:
+        plan = planning.plan_vdi(
+            inventory, target, history, store=store.uuid, full=options.full, damaged=damaged
+        )
+    if options.full:
+        return plan, None  # from the beginning, as asked
+    found = resume.find(inventory, target, plan, leftovers, store=store.uuid, history=history)
+    return plan, found
+
+
+def _is_alive(leftover: Leftover) -> bool:
+    """Tell whether the run that made ``leftover`` may still be at it."""
+    intent = leftover.intent
+    if intent is None:
+        return False
+    process = Process(
+        host=intent.host, boot=intent.boot, pid=intent.pid, starttime=intent.starttime
     )
+    return not process.is_dead()
 
 
 def still_there(inventory: Inventory, target: Target) -> Target:
