@@ -1,7 +1,9 @@
 """HTTP to a host through httpx: JSON-RPC for what is read in bulk, and xapi's own handlers."""
 
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -15,6 +17,31 @@ NOT_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 LONGEST = 512 * MiB
 """Bytes of an answer: a bitmap of 16 TiB takes 43 MB, ten thousand disks 20 MB."""
+
+
+class Moved(Exception):
+    """Another host has what was asked for."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        super().__init__(host)
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What is wanted of an answer of one of xapi's handlers: only as much as ``take`` likes.
+
+    Args:
+        path: of the handler.
+        query: its parameters.
+        take: given each part of the body in order; True, or a CbtfsError, ends it.
+        silence: seconds without a byte after which a host does not answer.
+    """
+
+    path: str
+    query: Mapping[str, str]
+    take: Callable[[bytes], bool]
+    silence: float
 
 
 class _Error(msgspec.Struct, frozen=True):
@@ -81,6 +108,37 @@ class Web:
         )
         return await self._sent(client, host, request, what=path)
 
+    async def peek(
+        self, host: str, context: ssl.SSLContext, wanted: Beginning, *, session: str
+    ) -> None:
+        """Ask one of xapi's handlers, and hang up once there is enough of its answer.
+
+        Raises:
+            Moved: another host is to be asked.
+            PoolError: the answer ended before there was enough, or as ``post``.
+        """
+        client = self._client(host, context)
+        request = client.build_request(
+            "GET",
+            wanted.path,
+            params=dict(wanted.query),
+            headers={"Cookie": f"session_id={session}"},
+            timeout=wanted.silence,
+        )
+        try:
+            response = await client.send(request, stream=True)
+            try:
+                if response.status_code == 302:
+                    raise _moved(response, host)
+                _check(response, host, what=wanted.path)
+                enough = await _each(response, wanted.take)
+            finally:
+                await response.aclose()
+        except httpx.TransportError as exc:
+            raise _no_answer(exc, host) from exc
+        if not enough:
+            raise errors.PoolError(f"{host} ended its answer to {wanted.path} too early")
+
     async def close(self) -> None:
         """Close every connection."""
         while self._clients:
@@ -110,32 +168,70 @@ class Web:
                 await response.aclose()
         except httpx.TransportError as exc:
             raise _no_answer(exc, host) from exc
-        status = response.status_code
-        if status == 200:
-            return body
-        if status == 401:
-            raise errors.XapiFailure("SESSION_INVALID", method=what)
-        if status >= 500 and request.method == "POST":  # what xapi says while it starts
-            raise NoAnswer(f"HTTP {status}", sent=True)
-        raise errors.PoolError(f"{host} answered {what} with HTTP {status}")
+        _check(response, host, what=what)
+        return body
+
+
+def _check(response: httpx.Response, host: str, *, what: str) -> None:
+    """Raise what the status of an answer means, unless it is the one that promises a body."""
+    status = response.status_code
+    if status == 200:
+        return
+    if status == 401:
+        raise errors.XapiFailure("SESSION_INVALID", method=what)
+    if status >= 500 and response.request.method == "POST":  # what xapi says while it starts
+        raise NoAnswer(f"HTTP {status}", sent=True)
+    raise errors.PoolError(f"{host} answered {what} with HTTP {status}")
+
+
+def _moved(response: httpx.Response, host: str) -> Exception:
+    """Return what a redirect means: only the host is taken from it, not what to ask there."""
+    try:
+        parts = urlsplit(str(response.headers.get("Location", "")))
+        there = parts.hostname if parts.scheme == "https" else None
+    except ValueError:
+        there = None
+    if not there:
+        return errors.PoolError(f"{host} sends us on to nowhere")
+    return Moved(there)
 
 
 async def _body(response: httpx.Response, host: str) -> bytes:
     """Return what a host answered, which nobody asked it to compress."""
     body = bytearray()
+
+    def take(part: bytes) -> bool:
+        body.extend(part)
+        return len(body) > LONGEST
+
+    if await _each(response, take):
+        raise errors.PoolError(f"the answer of {host} has no end")
+    return bytes(body)
+
+
+async def _each(response: httpx.Response, take: Callable[[bytes], bool]) -> bool:
+    """Give the parts of an answer to ``take``; hang up and return True once that says True.
+
+    An error that ``take`` raises hangs up, too.
+    """
+    over = False
+    failure: errors.CbtfsError | None = None
     try:
         async for part in response.aiter_raw():
-            body += part
-            if len(body) > LONGEST:
+            try:
+                over = over or take(part)
+            except errors.CbtfsError as exc:
+                over, failure = True, exc
+            if over:
                 # not to be left in the middle: httpx has generators below this one, which then
                 # only the garbage collector ends; so the next part fails instead
                 await response.aclose()
     except (httpx.TransportError, httpx.StreamError):
-        if len(body) <= LONGEST:
+        if not over:
             raise
-    if len(body) > LONGEST:
-        raise errors.PoolError(f"the answer of {host} has no end")
-    return bytes(body)
+    if failure is not None:
+        raise failure
+    return over
 
 
 def _no_answer(exc: httpx.TransportError, host: str) -> Exception:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
-from . import errors, inventory, xapi
+from . import errors, inventory, vhdexport, xapi
 from .bitmap import ChangeBitmap
 from .exports import Exports
 from .inventory import TAG_OWNER, Inventory, Owned
@@ -29,8 +29,10 @@ from .xapi import Session
 
 logger = logging.getLogger(__name__)
 
-_IN_USE_TRIES = 10
-_IN_USE_PAUSE = 2.0
+_IN_USE_PAUSES = (1, 2, 3, 4, 5, 7, 10, 13, 16, 14, 15)
+"""Seconds between the attempts at a disk that is in use: a minute and a half. Dom0 lets go of it
+within seconds, but not while the storage is busy; Xen Orchestra waits for 50 s."""
+_IN_USE_TOLD = 10.0
 _NAMING_LIMIT = 30.0
 
 _UNKNOWN = {
@@ -130,6 +132,18 @@ class Pool:
                 f"the pool cannot tell which blocks changed: {exc}", reason=reason
             ) from exc
         return await trio.to_thread.run_sync(lambda: ChangeBitmap.from_base64(text, size=size))
+
+    async def allocated(self, vdi_ref: str, *, size: int) -> ChangeBitmap:
+        """Return which blocks of a snapshot may hold data; ``size`` is its own, in bytes.
+
+        The pool attaches the snapshot meanwhile, so it is to be called before that is opened over
+        NBD. Takes a few seconds, and five minutes at most.
+
+        Raises:
+            AllocationUnknown: the pool cannot tell; the text says why.
+            AuthenticationFailed: login or certificate refused.
+        """
+        return await vhdexport.allocated(self._session, vdi_ref, size=size)
 
     def open_export(self, vdi_ref: str) -> AbstractAsyncContextManager[Export]:
         """Connect to a host that exports the VDI; on exit its dom0 VBD is gone.
@@ -329,9 +343,9 @@ class Pool:
 
     async def _while_in_use(self, method: str, *refs: str, busy: str) -> str:
         """Call ``method``, again while xapi says that the VDI ``busy`` is in use."""
-        for attempt in range(_IN_USE_TRIES):
-            if attempt:
-                await trio.sleep(_IN_USE_PAUSE)
+        begun = trio.current_time()
+        told = False
+        for attempt, pause in enumerate((*_IN_USE_PAUSES, None)):
             if attempt > 1 and not self._exports.is_open(busy):
                 await self._detach_from_dom0(busy)
             try:
@@ -340,9 +354,18 @@ class Pool:
                 gone = exc.code == "HANDLE_INVALID" and method != "VDI.list_changed_blocks"
                 if gone:
                     return ""
-                if exc.code != "VDI_IN_USE" or attempt == _IN_USE_TRIES - 1:
+                if exc.code != "VDI_IN_USE" or pause is None:
                     raise
+            waited = trio.current_time() - begun
+            if waited >= _IN_USE_TOLD and not told:
+                told = True
+                logger.warning(
+                    "%s waits: the pool has called the disk in use for %.0f seconds; it is tried "
+                    "again for up to a minute and a half", method, waited,
+                )  # fmt: skip
+            else:
                 logger.info("%s waits: the disk is still in use", method)
+            await trio.sleep(pause)
         raise AssertionError("unreachable")
 
     async def _detach_from_dom0(self, vdi_ref: str) -> None:

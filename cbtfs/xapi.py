@@ -19,18 +19,18 @@ Rules of this file:
 """
 
 import logging
-import xmlrpc.client
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import msgspec
 import trio
 
-from . import errors, handlers, tls, wire
-from .handlers import Web
+from . import errors, handlers, tasks, tls, wire
+from .handlers import Beginning, Web
 from .peers import Peers, Trust
+from .tasks import Task
 from .wire import NoAnswer
 
 __all__ = ["Credentials", "NoAnswer", "Session", "Trust", "open_session"]
@@ -50,7 +50,7 @@ _LONG = 1 << 20  # bytes of JSON that take milliseconds to parse, and so a threa
 _HOPS = 4
 _ATTEMPTS = 4
 _CLEANUP = 10.0
-_POLL_FIRST, _POLL_MOST = 0.02, 2.0
+_UNDO = 60.0
 _NOT_READY = {
     "HOST_STILL_BOOTING",
     "HOST_HAS_NO_MANAGEMENT_IP",
@@ -156,17 +156,17 @@ class Session:
             AuthenticationFailed: login or certificate refused.
             PoolUnreachable: nobody answers.
         """
-        task = ""
-        with trio.CancelScope(shield=True):  # a task begun and not known would be a leak
-            task = str(await self.call(f"Async.{method}", *args))
+        task = await tasks.begin(self, f"Async.{method}", *args, what=method)
         try:
-            return await self._outcome(task, method)
+            return await task.outcome()
         except trio.Cancelled:
-            with trio.move_on_after(_CLEANUP, shield=True):
-                await self._cancelled(task, method, undo)
+            with trio.move_on_after(tasks.CLEANUP, shield=True):
+                await task.cancel()
+                if undo is not None:
+                    await _undone(task, undo)
             raise
         finally:
-            await self._destroy_task(task)
+            await task.destroy()
 
     async def export_metadata(self, vm_uuid: str) -> bytes:
         """Return the tar that ``/export_metadata`` makes of a VM, without its snapshots.
@@ -174,8 +174,8 @@ class Session:
         Raises:
             PoolError: xapi refused.
         """
-        task = str(await self.call("task.create", "cbtfs: metadata of a VM", vm_uuid))
-        query = {"uuid": vm_uuid, "export_snapshots": "false", "task_id": task}
+        task = await tasks.create(self, "cbtfs: metadata of a VM", what="export_metadata")
+        query = {"uuid": vm_uuid, "export_snapshots": "false", "task_id": task.ref}
 
         async def get() -> bytes:
             context = await self._peers.context(self._master)
@@ -186,45 +186,60 @@ class Session:
         try:
             return await self._surviving(get, "export_metadata.get_")
         except errors.PoolError:
-            if await self.fetch("task.get_status", task, type=str) == "failure":
-                await self._outcome(task, "export_metadata")  # says more than HTTP's 500
+            if await self.fetch("task.get_status", task.ref, type=str) == "failure":
+                await task.outcome()  # says more than HTTP's 500
             raise
         finally:
-            await self._destroy_task(task)
+            await task.destroy()
 
-    # ── tasks ────────────────────────────────────────────────────────────────────────────────────
+    async def peek(self, wanted: Beginning, *, label: str) -> None:
+        """Ask a handler for the beginning of its answer, and have the pool end there.
 
-    async def _outcome(self, task: str, method: str) -> str:
-        pause = _POLL_FIRST
-        while (status := await self.fetch("task.get_status", task, type=str)) in {
-            "pending",
-            "cancelling",
-        }:
-            await trio.sleep(pause)
-            pause = min(pause * 1.5, _POLL_MOST)
-        if status == "success":
-            return _unwrapped(await self.fetch("task.get_result", task, type=str))
-        told = await self.fetch("task.get_error_info", task, type=list[str])
-        code, *params = told or ["TASK_CANCELLED"]
-        raise errors.XapiFailure(code, tuple(params), method=method)
+        Returns once the pool has undone what the handler did, or after a minute. Whoever sends us
+        on to another host is believed, but that host must prove itself as any of the pool.
 
-    async def _cancelled(
-        self, task: str, method: str, undo: Callable[[str], Awaitable[None]] | None
-    ) -> None:
-        await self._quietly(self.call("task.cancel", task))
-        if undo is not None:
-            with suppress(errors.XapiFailure):  # no result: the cancel came in time
-                await self._quietly(undo(await self._outcome(task, method)))
+        Args:
+            wanted: what is wanted; a ``task_id`` is added.
+            label: what people see in a list of the pool's tasks.
 
-    async def _destroy_task(self, task: str) -> None:
-        with trio.move_on_after(_CLEANUP, shield=True):
-            await self._quietly(self.call("task.destroy", task))
+        Raises:
+            AuthenticationFailed: login or certificate refused.
+            PoolUnreachable: nobody answers.
+            PoolError: xapi refused, or ended its answer before there was enough.
+        """
 
-    async def _quietly(self, cleanup: Awaitable[object]) -> None:
-        try:
-            await cleanup
-        except errors.CbtfsError as exc:
-            logger.info("cleaning up: %s", exc)  # xapi forgets a completed task by itself
+        async def attempt() -> None:  # with a task of its own: a bad session fails the task, too
+            task = await tasks.create(self, label, what=wanted.path)
+            try:
+                await self._follow(wanted, task)
+            except errors.PoolError as exc:
+                if type(exc) is not errors.PoolError:
+                    raise
+                told = await task.complaint()  # the host ended it, and the task says more than HTTP
+                raise errors.PoolError(str(told or exc)) from exc
+            else:
+                with trio.move_on_after(_UNDO):
+                    await task.end()
+            finally:
+                await task.abandon()
+
+        await self._surviving(attempt, wanted.path)
+
+    async def _follow(self, wanted: Beginning, task: Task) -> None:
+        wanted = replace(wanted, query={**wanted.query, "task_id": task.ref})
+        host = self._master
+        for _ in range(_HOPS):
+            try:
+                context = await self._peers.context(host)
+                await self._web.peek(host, context, wanted, session=self._ref)
+                return
+            except handlers.Moved as moved:
+                host = moved.host
+            except (NoAnswer, OSError) as exc:
+                if host == self._master:
+                    raise
+                raise _translated(exc, host) from exc
+        raise errors.PoolUnreachable(f"{self._master} sends us from host to host; try again later")
 
     # ── surviving expiry, redirects and dead hosts ───────────────────────────────────────────────
 
@@ -389,6 +404,16 @@ async def open_session(
         raise failure
 
 
+async def _undone(task: Task, undo: Callable[[str], Awaitable[None]]) -> None:
+    """Give ``undo`` what a cancelled task came to all the same."""
+    try:
+        await undo(await task.outcome())
+    except errors.XapiFailure:
+        pass  # no result: the cancel came in time
+    except errors.CbtfsError as exc:
+        logger.info("cleaning up: %s", exc)
+
+
 def _hint(exc: errors.XapiFailure | NoAnswer | OSError, method: str) -> str | None:
     """Return where to log in next ("" = anywhere known), or None if that would not help."""
     if isinstance(exc, errors.XapiFailure):
@@ -410,19 +435,3 @@ def _translated(exc: errors.XapiFailure | NoAnswer | OSError, host: str) -> Exce
 
 def _decoded(raw: bytes, kind: type[T]) -> T:
     return msgspec.json.decode(raw, type=kind)
-
-
-def _unwrapped(result: str) -> str:
-    """Return the value in a task's result: XML in a string, "" for nothing.
-
-    Raises:
-        PoolError: it is something else.
-    """
-    if not result.startswith("<"):
-        return result
-    text = f"<methodResponse><params><param>{result}</param></params></methodResponse>"
-    try:
-        (value,), _ = cast(tuple[tuple[object], str], xmlrpc.client.loads(text))
-        return str(value)
-    except wire.NOT_XML_RPC as exc:
-        raise errors.PoolError("the result of a task is in no form that xapi uses") from exc

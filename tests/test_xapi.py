@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import trio
 
-from cbtfs import errors, tls, xapi
+from cbtfs import errors, tasks, tls, xapi
 from cbtfs.xapi import Credentials, Session, Trust
 
 from .simulated import Api, RunningPool, running_pool
@@ -376,4 +376,4 @@ async def test_no_secret_reaches_a_log(
 )
 def test_a_result_that_is_none_is_a_pool_error(result: str) -> None:
     with pytest.raises(errors.PoolError, match="the result of a task"):
-        xapi._unwrapped(result)
+        tasks.unwrapped(result)

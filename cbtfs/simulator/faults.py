@@ -54,6 +54,12 @@ KEYS: dict[str, Key] = {
     "http.silent": Key("text", "", "host (or *) that accepts HTTPS and never answers"),
     "http.status": Key("text", "", "answer every request with this HTTP status"),
     "http.truncate": Key("size", "", "cut bodies of disk exports after that many bytes"),
+    "http.stall": Key("size", "", "bodies of disk exports go silent after that many bytes"),
+    "http.flip": Key("size", "", "flip the bits of that byte in bodies of disk exports"),
+    "http.redirect": Key(
+        "text", "", "address to which exports and imports of disks are sent, by 302"
+    ),
+    "vhd.full": Key("text", "", "SR uuid or name (or *) whose VHD exports hold every block"),
     # xapi
     "xapi.delay": Key("rules", "", "METHOD:SECONDS,…: a call takes longer (METHOD may be VDI.*)"),
     "xapi.fail": Key("rules", "", "METHOD[*COUNT]:CODE[:PARAM…],…: a call fails, COUNT times"),

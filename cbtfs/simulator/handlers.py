@@ -13,6 +13,7 @@ import logging
 import socket
 import ssl
 import struct
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[[Request, Stream], None]
 
 _PIECE = 1 << 20
+_TICK = 0.05
 _LONGEST_CHUNK = 1 << 31
 _LONGEST_METADATA = 64 << 20
 _CHUNK = struct.Struct("<QI")
@@ -141,14 +143,20 @@ class Handlers:
         disposition = f'Content-Disposition: attachment; filename="{name}.{kind}"'
         call.start(f"Content-Type: {_FORMATS[kind]}", disposition)
         with self._attached(call, vdi, write=False) as attachment:
-            out = _Truncated(call.stream, self._pool.faults.size("http.truncate"))
+            out = _Body(call.stream, self._pool)
             if kind == "raw":
                 _send_raw(attachment, out)
             else:
                 self._send_vhd(attachment, query.get("base", ""), out)
         return ""
 
-    def _send_vhd(self, attachment: Attachment, base: str, out: "_Truncated") -> None:
+    def _is_full(self, vdi: str) -> bool:
+        """Tell whether the SR of a disk is one that does not know what it has allocated."""
+        sr = self._pool.db.text("VDI", vdi, "SR")
+        names = (self._pool.db.text("SR", sr, key) for key in ("uuid", "name_label"))
+        return self._pool.faults.hits("vhd.full", *names)
+
+    def _send_vhd(self, attachment: Attachment, base: str, out: "_Body") -> None:
         if attachment.size > vhd.LARGEST:
             raise SimError("VDI_TOO_LARGE", attachment.vdi_ref, str(vhd.LARGEST))
         disk, parent = attachment.disk, None
@@ -156,6 +164,8 @@ class Handlers:
             ancestor = self._pool.disk(self._pool.find_vdi(base))
             parent = uuid.UUID(ancestor.uuid)
             blocks = vhd.allocation(disk.differences(ancestor))
+        elif self._is_full(attachment.vdi_ref):
+            blocks = vhd.everything(attachment.size)
         else:
             blocks = vhd.allocation(disk.allocated())
         plan = vhd.Plan(attachment.size, uuid.UUID(attachment.vdi_uuid), blocks, parent)
@@ -212,9 +222,11 @@ class Handlers:
     def _redirect(self, call: Call, vdi: str) -> None:
         """Send the client to another host if this one does not see the disk."""
         host = self._pool.sees(self._host.ref, vdi)
-        if host in {"", self._host.ref}:
+        elsewhere = host not in {"", self._host.ref}
+        address = self._pool.db.text("host", host, "address") if elsewhere else ""
+        address = self._pool.faults.text("http.redirect") or address
+        if not address:
             return
-        address = self._pool.db.text("host", host, "address")
         location = f"https://{address}:{self._pool.https_port}{call.request.target}"
         call.stream.answer(302, headers=[f"Location: {location}", "Connection: close"])
         raise _Redirected
@@ -288,25 +300,43 @@ class _Redirected(Exception):
     """The client was sent to another host."""
 
 
-class _Truncated:
-    """A stream that breaks after ``limit`` bytes, if there is one."""
+class _Body:
+    """The body of a disk's export, with what was ordered to be wrong with it."""
 
-    def __init__(self, stream: Stream, limit: int | None) -> None:
+    def __init__(self, stream: Stream, pool: SimulatedPool) -> None:
         self._stream = stream
-        self._left = limit
+        self._pool = pool
+        self._sent = 0
+        self._truncate = pool.faults.size("http.truncate")
+        self._stall = pool.faults.size("http.stall")
+        self._flip = pool.faults.size("http.flip")
 
     def send(self, data: bytes | memoryview) -> None:
-        """Send ``data``, or the part of it before the limit and raise OSError."""
-        if self._left is None:
-            self._stream.send(data)
-            return
-        self._stream.send(data[: self._left])
-        self._left -= len(data)
-        if self._left < 0:
-            raise OSError("truncated by a fault")
+        """Send ``data``, or the part of it before the end that was ordered and raise OSError."""
+        start, self._sent = self._sent, self._sent + len(data)
+        if self._flip is not None and start <= self._flip < self._sent:
+            flipped = bytearray(data)
+            flipped[self._flip - start] ^= 0xFF
+            data = bytes(flipped)
+        for limit, silent in ((self._truncate, False), (self._stall, True)):
+            if limit is not None and self._sent > limit:
+                self._stream.send(data[: max(limit - start, 0)])
+                if silent:
+                    _wait_for_end(self._stream.connection, self._pool.closing)
+                raise OSError("cut by a fault")
+        self._stream.send(data)
 
 
-def _send_raw(attachment: Attachment, out: _Truncated) -> None:
+def _wait_for_end(connection: socket.socket, closing: threading.Event) -> None:
+    """Return when the client hangs up, or the pool closes."""
+    connection.settimeout(_TICK)
+    while not closing.is_set():
+        with contextlib.suppress(TimeoutError):
+            if not connection.recv(1):
+                return
+
+
+def _send_raw(attachment: Attachment, out: _Body) -> None:
     buffer = memoryview(bytearray(_PIECE))
     for offset in range(0, attachment.size, _PIECE):
         piece = buffer[: min(_PIECE, attachment.size - offset)]

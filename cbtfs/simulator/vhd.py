@@ -2,12 +2,12 @@
 
 ::
 
-    0        512      1536            each allocated block of 2 MiB          end - 512
-    | footer | header | BAT, padded | sector bitmap 512 | data 2 MiB | ... | footer |
+    0        512      1536    2048          each allocated block of 2 MiB          end - 512
+    | footer | header | empty | BAT, padded | sector bitmap 512 | data 2 MiB | ... | footer |
 
-All numbers are big-endian; the BAT has 4 bytes for each block (Microsoft, Virtual Hard Disk Image
-Format Specification 1.0). Only blocks that hold data are in the file; their bitmap marks sectors
-that do.
+The empty sector is vhd-tool's (xen-api, ocaml/libs/vhd/vhd_format/f.ml). All numbers are
+big-endian; the BAT has 4 bytes for each block (Microsoft, Virtual Hard Disk Image Format
+Specification 1.0). Only blocks that hold data are in the file; their bitmap marks sectors that do.
 """
 
 import itertools
@@ -22,6 +22,8 @@ LARGEST = 2040 << 30
 """The largest disk a VHD can hold, in bytes (xen-api refuses more with VDI_TOO_LARGE)."""
 
 _GRAIN = 64 << 10
+_WHOLE = (1 << 32) - 1
+_TABLE = 2048
 _FIXED_TIME = 0x30000000  # seconds since 2000: an export of equal data is equal
 _DYNAMIC, _DIFFERENCING = 3, 4
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427x")
@@ -60,7 +62,7 @@ class Plan:
     @property
     def length(self) -> int:
         """Length of the whole file in bytes."""
-        return 1536 + self.table_size + len(self.blocks) * (SECTOR + BLOCK) + SECTOR
+        return _TABLE + self.table_size + len(self.blocks) * (SECTOR + BLOCK) + SECTOR
 
 
 def allocation(ranges: Iterable[tuple[int, int]]) -> dict[int, int]:
@@ -76,6 +78,11 @@ def allocation(ranges: Iterable[tuple[int, int]]) -> dict[int, int]:
     return dict(sorted(blocks.items()))
 
 
+def everything(size: int) -> dict[int, int]:
+    """Return the `Plan.blocks` that hold every block of a disk of ``size`` bytes."""
+    return dict.fromkeys(range(-(-size // BLOCK)), _WHOLE)
+
+
 def stream(plan: Plan, read: Read) -> Iterator[bytes | memoryview]:
     """Yield the file in pieces; a piece is valid until the next is asked for.
 
@@ -84,7 +91,7 @@ def stream(plan: Plan, read: Read) -> Iterator[bytes | memoryview]:
         read: fills a view with the disk's bytes from an offset, never beyond the disk's end.
     """
     footer = _footer(plan)
-    yield footer + _header(plan)
+    yield footer + _header(plan) + bytes(SECTOR)
     yield _table(plan)
     block = memoryview(bytearray(SECTOR + BLOCK))
     for number, mask in plan.blocks.items():
@@ -111,7 +118,7 @@ def _clear_absent(data: memoryview, mask: int) -> None:
 
 def _table(plan: Plan) -> bytes:
     table = bytearray(b"\xff" * plan.table_size)
-    first = (1536 + plan.table_size) // SECTOR
+    first = (_TABLE + plan.table_size) // SECTOR
     for place, number in enumerate(plan.blocks):
         struct.pack_into(">I", table, number * 4, first + place * (SECTOR + BLOCK) // SECTOR)
     return bytes(table)
@@ -128,7 +135,7 @@ def _footer(plan: Plan) -> bytes:
 def _header(plan: Plan) -> bytes:
     parent = plan.parent.bytes if plan.parent else bytes(16)
     name = f"{plan.parent}.vhd".encode("utf-16-be") if plan.parent else b""
-    head = (b"cxsparse", 0xFFFFFFFFFFFFFFFF, 1536, 0x10000, plan.count, BLOCK)
+    head = (b"cxsparse", 0xFFFFFFFFFFFFFFFF, _TABLE, 0x10000, plan.count, BLOCK)
     tail = (parent, _FIXED_TIME if plan.parent else 0, 0, name, b"")
     return _HEADER.pack(*head, _checksum(_HEADER.pack(*head, 0, *tail)), *tail)
 
