@@ -1,28 +1,33 @@
 """NBD connections to a pool's disks: which host, how many, and why none.
 
 A connection costs its host a plugged device and one of the 16 places of its xapi-nbd, which tells
-nothing when it refuses: it just closes. So the places are counted here, the connections to one disk
-are opened one after another (in parallel they race to VDI_IN_USE in the pool), and the reason of a
-failure is looked up over XAPI.
+nothing when it refuses: it just closes. So each connection needs a place first (``places``), the
+connections to one disk are opened one after another (in parallel they race to VDI_IN_USE in the
+pool), and the reason of a failure is looked up over XAPI.
 
 Rules of this file:
 
-1. ``get_nbd_info`` is asked before every connection: its export names die with their session.
+1. ``get_nbd_info`` is asked before every connection, and again if a place had to be waited for: its
+   export names die with their session.
 2. TLS follows the purpose of the networks alone. ``nbd`` is never read without it.
 3. A host that does not prove who it is ends the attempt; no other is tried in silence.
 4. Export names are credentials: no record that holds one has it in its ``repr``.
 """
 
 import logging
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 import trio
 
 from . import errors, nbd
 from .nbd import Export, NbdAddress, Timeouts
+from .places import Places
 from .xapi import Session
 
 logger = logging.getLogger(__name__)
@@ -62,28 +67,48 @@ class _Pif(msgspec.Struct, frozen=True):
     IP: str = ""
 
 
+class _HostRecord(msgspec.Struct, frozen=True):
+    uuid: str
+
+
+class _Host(NamedTuple):
+    ref: str
+    uuid: str
+
+
+@dataclass(slots=True)
+class _Search:
+    """A connection wanted: the addresses tried in this round, and the last one and its error.
+
+    ``patience`` is for attempts, in seconds; waiting for a place does not count.
+    """
+
+    vdi_ref: str
+    patience: float
+    tried: set[str] = field(default_factory=set[str])
+    address: NbdAddress | None = None
+    error: errors.ExportError | None = None
+
+
 class Exports:
     """The NBD connections of one pool.
 
-    ``_places`` counts, per host, the connections open and being opened; a place is held until the
-    host has ended the connection, as the host's own is.
+    ``_gates`` and ``_open`` know the disks that a connection is open to, or wanted.
 
     Args:
         session: asked for addresses, purposes and reasons.
-        per_host: connections that we allow ourselves at each host.
+        per_host: connections to each host that we and other processes here may have.
         timeouts: for each connection.
     """
 
     def __init__(self, session: Session, *, per_host: int, timeouts: Timeouts) -> None:
         self._session = session
         self._timeouts = timeouts
-        self._places: dict[str, trio.CapacityLimiter] = defaultdict(
-            lambda: trio.CapacityLimiter(per_host)
-        )
+        self._places = Places(per_host)
         self._gates: dict[str, trio.Lock] = defaultdict(trio.Lock)
-        self._hosts: dict[str, str] = {}
+        self._open: Counter[str] = Counter()
+        self._hosts: dict[str, _Host] = {}
         self._failed: dict[str, float] = {}
-        self._open: dict[str, int] = defaultdict(int)
 
     def is_open(self, vdi_ref: str) -> bool:
         """Tell whether a connection to the disk is open or being opened here."""
@@ -113,6 +138,9 @@ class Exports:
 
     def _left(self, vdi_ref: str) -> None:
         self._open[vdi_ref] -= 1
+        if not self._open[vdi_ref]:  # a mount sees any number of disks in its life
+            del self._open[vdi_ref]
+            self._gates.pop(vdi_ref, None)
 
     async def purpose(self) -> str:
         """Return ``nbd``, ``insecure_nbd``, or "" if no network of the pool serves NBD.
@@ -134,38 +162,75 @@ class Exports:
 
     async def _connected(self, vdi_ref: str, stack: AsyncExitStack) -> Export:
         """Return an export that ``stack`` closes; tries every host, several times."""
-        give_up = trio.current_time() + 2 * self._timeouts.connect
-        last: errors.ExportError | None = None
-        address: NbdAddress | None = None
+        search = _Search(vdi_ref, patience=2 * self._timeouts.connect)
         for attempt in range(_ROUNDS):
             if attempt:
                 await trio.sleep(_PAUSE)
-            for address in await self._addresses(vdi_ref):
-                if last is not None and trio.current_time() >= give_up:
-                    break
-                try:
-                    return await self._try(address, stack)
-                except errors.ExportError as exc:
-                    # nothing is copied meanwhile, which can take minutes: whoever waits is told
-                    logger.warning("%s; trying again", exc)
-                    last = exc
-                    self._failed[self._key(address)] = trio.current_time()
+            search.tried.clear()
+            export = await self._round(search, stack)
+            if export is not None:
+                return export
+            if search.patience <= 0:
+                break
         raise errors.ExportLost(
-            f"{last or 'no host answers'}; {await self._advice(address)}"
-        ) from last
+            f"{search.error or 'no host answers'}; {await self._advice(search.address)}"
+        ) from search.error
 
-    async def _try(self, address: NbdAddress, stack: AsyncExitStack) -> Export:
-        async with AsyncExitStack() as attempt:
-            places, holder = self._places[self._key(address)], object()
-            await places.acquire_on_behalf_of(holder)
-            attempt.callback(places.release_on_behalf_of, holder)
+    async def _round(self, search: "_Search", stack: AsyncExitStack) -> Export | None:
+        """Try every host once; return the export, None if each failed or patience ran out."""
+        while search.patience > 0:
+            async with AsyncExitStack() as attempt:
+                address = await self._placed(search, attempt)
+                if address is None:
+                    return None
+                export = await self._try(search, address, attempt)
+                if export is not None:
+                    stack.push_async_exit(attempt.pop_all())
+                    return export
+        return None
+
+    async def _try(
+        self, search: "_Search", address: NbdAddress, stack: AsyncExitStack
+    ) -> Export | None:
+        search.address = address
+        search.tried.add(str(address))
+        begun = trio.current_time()
+        try:
             opening = nbd.open_export(address, timeouts=self._timeouts)
-            export = await attempt.enter_async_context(opening)
-            stack.push_async_exit(attempt.pop_all())
-        return export
+            return await stack.enter_async_context(opening)
+        except errors.ExportError as exc:
+            # nothing is copied meanwhile, which can take minutes: whoever waits is told
+            logger.warning("%s; trying again", exc)
+            search.error = exc
+            search.patience -= trio.current_time() - begun
+            self._failed[self._key(address)] = trio.current_time()
+            return None
+
+    async def _placed(self, search: "_Search", stack: AsyncExitStack) -> NbdAddress | None:
+        """Return where to connect next, with a place there that ``stack`` gives back.
+
+        None if all addresses have been tried.
+        """
+        while addresses := await self._untried(search):
+            hosts = {self._key(address): str(address) for address in addresses}
+            bad = [host for host in hosts if self._is_bad(host)]
+            async with AsyncExitStack() as attempt:
+                holding = self._places.held(hosts, last=bad)
+                place = await attempt.enter_async_context(holding)
+                if place.waited:  # the export names may have died with their session
+                    addresses = await self._untried(search)
+                here = [address for address in addresses if self._key(address) == place.host]
+                if here:
+                    stack.push_async_exit(attempt.pop_all())
+                    return here[0]
+        return None
+
+    async def _untried(self, search: "_Search") -> list[NbdAddress]:
+        addresses = await self._addresses(search.vdi_ref)
+        return [address for address in addresses if str(address) not in search.tried]
 
     async def _addresses(self, vdi_ref: str) -> list[NbdAddress]:
-        """Return where the disk is exported now, the host with the most places to spare first."""
+        """Return where the disk is exported now."""
         told = await self._session.fetch("VDI.get_nbd_info", vdi_ref, type=list[_NbdInfo])
         purpose = await self.purpose()
         # xapi-nbd listens on IPv4 only, and xapi lists IPv6 addresses with their prefix length
@@ -173,7 +238,7 @@ class Exports:
         if not infos or not purpose:
             raise errors.PoolError(await self._unreadable(vdi_ref, purpose))
         await self._know_hosts(info.address for info in infos)
-        found = [
+        return [
             NbdAddress(
                 host=info.address,
                 port=info.port,
@@ -184,23 +249,27 @@ class Exports:
             )
             for info in infos
         ]
-        return sorted(found, key=self._load)
 
-    def _load(self, address: NbdAddress) -> tuple[bool, int]:
-        key = self._key(address)
-        places = self._places[key].statistics()
-        bad = trio.current_time() - self._failed.get(key, -_GRUDGE) < _GRUDGE
-        return bad, places.borrowed_tokens + places.tasks_waiting
+    def _is_bad(self, host: str) -> bool:
+        return trio.current_time() - self._failed.get(host, -math.inf) < _GRUDGE
 
     def _key(self, address: NbdAddress) -> str:
-        return self._hosts.get(address.host, address.host)
+        """Return what names the xapi-nbd at ``address`` on this machine, whoever asks."""
+        host = self._hosts.get(address.host)
+        return f"{host.uuid if host else address.host}:{address.port}"
 
     async def _know_hosts(self, addresses: Iterable[str]) -> None:
         """Learn which host has which address: several of one host share its places."""
         if all(address in self._hosts for address in addresses):
             return
-        pifs = await self._session.fetch("PIF.get_all_records", type=dict[str, _Pif])
-        self._hosts = {pif.IP: pif.host for pif in pifs.values() if pif.IP}
+        fetch = self._session.fetch
+        pifs = await fetch("PIF.get_all_records", type=dict[str, _Pif])
+        hosts = await fetch("host.get_all_records", type=dict[str, _HostRecord])
+        self._hosts = {
+            pif.IP: _Host(pif.host, hosts[pif.host].uuid)
+            for pif in pifs.values()
+            if pif.IP and pif.host in hosts
+        }
 
     # ── explaining ───────────────────────────────────────────────────────────────────────────────
 
@@ -227,7 +296,7 @@ class Exports:
         host = self._hosts.get(address.host) if address else None
         if host is not None:
             with suppress(errors.PoolError):
-                dom0 = await self._session.fetch("host.get_control_domain", host, type=str)
+                dom0 = await self._session.fetch("host.get_control_domain", host.ref, type=str)
                 used = len(await self._session.fetch("VM.get_VBDs", dom0, type=list[str]))
                 if used >= PLACES:
                     return f"it has {used} disks attached, and serves {PLACES} over NBD at most"
