@@ -58,8 +58,10 @@ def _take(fd: int, folder: Folder, *, wait: bool) -> None:
         raise errors.StoreLocked(_who_holds(folder, os.pread(fd, 4096, 0))) from None
     now = datetime.now(UTC).isoformat(timespec="seconds")
     owner = _Owner(pid=os.getpid(), host=socket.gethostname(), since=now)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, msgspec.json.encode(owner), 0)
+    # the kernel holds the lock, not this text; a full store must be locked to be tidied up
+    with suppress(OSError):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, msgspec.json.encode(owner), 0)
 
 
 def _who_holds(folder: Folder, content: bytes) -> str:

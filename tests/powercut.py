@@ -1,0 +1,64 @@
+"""A file system of its own whose power can be cut: what was not made durable is lost."""
+
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+KINDS = ("xfs", "ext4")
+
+_SHUTDOWN = 0x8004587D  # linux/ext4.h: EXT4_IOC_SHUTDOWN, the same as XFS_IOC_GOINGDOWN
+_LOSING_THE_LOG = struct.pack("=I", 2)  # EXT4_GOING_FLAGS_NOLOGFLUSH
+_MAKE = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "ext4": ["mkfs.ext4", "-q", "-F"]}
+
+
+class Machine:
+    """A file system on an image file, mounted at ``path``."""
+
+    def __init__(self, disk: Path, path: Path) -> None:
+        self.disk = disk
+        self.path = path
+
+    def mount(self) -> None:
+        done = subprocess.run(["mount", "-o", "loop", self.disk, self.path], check=False)
+        if done.returncode != 0:
+            pytest.skip("the kernel cannot mount an image of this file system")
+
+    def unmount(self) -> None:
+        if os.path.ismount(self.path):
+            subprocess.run(["umount", self.path], check=True)
+
+    def cut_power(self) -> None:
+        """Lose all that is not durable; every file of it must be closed before."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(folder, _SHUTDOWN, _LOSING_THE_LOG)
+        finally:
+            os.close(folder)
+        self.unmount()
+        self.mount()
+
+
+@contextmanager
+def machine(root: Path, kind: str) -> Generator[Machine]:
+    """Make and mount a file system of ``kind`` under ``root`` until the end."""
+    command = _MAKE[kind]
+    if os.geteuid() != 0 or shutil.which(command[0]) is None:
+        pytest.skip(f"a file system of its own needs root and {command[0]}")
+    made = Machine(root / "disk.img", root / "mounted")
+    made.path.mkdir()
+    with made.disk.open("wb") as file:
+        file.truncate(512 << 20)
+    subprocess.run([*command, made.disk], check=True)
+    made.mount()
+    try:
+        yield made
+    finally:
+        made.unmount()
+        made.disk.unlink()
