@@ -27,6 +27,9 @@ An error is one sentence for the user: what, where, and what to do. Foreign exce
 these at the door that meets them (xapi, nbd, image, fuse), and nowhere else.
 """
 
+AGAIN = "run the command again"
+"""What to do after most interruptions."""
+
 
 class CbtfsError(Exception):
     """Something cbtfs can name; its text is one sentence without a trailing period."""
@@ -146,8 +149,9 @@ class Interrupted(CbtfsError):
 
     Args:
         signum: number of the signal, 2 or 15.
+        then: what to do, or what will happen.
     """
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, *, then: str = AGAIN) -> None:
         self.exit_code = 128 + signum
-        super().__init__("interrupted; nothing half-written is listed, run the command again")
+        super().__init__(f"interrupted; nothing half-written is listed, {then}")

@@ -16,9 +16,10 @@ Rules of this file:
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Literal, Protocol, TextIO
 
@@ -37,14 +38,20 @@ JSON_EVERY = 1.0
 SCHEMA = 1
 """Version of the NDJSON events."""
 
-_SHORT = {"incremental": "inc"}
+WINDOW = 30.0
+"""Seconds over which a rate is told: long enough to be calm, short enough to notice a stall."""
+
+_SHORT = {"incremental": "inc", "compare": "cmp", "resume": "res"}
 
 
 class Progress(Protocol):
     """Where a run tells what it does; a disk is called by its key, such as ``web1/xvda``."""
 
     def disk_started(self, key: str, *, method: str, reason: str, total: int) -> None:
-        """A disk is being copied; ``total`` bytes are to be read."""
+        """A disk is being copied; ``total`` bytes are to be read.
+
+        Told again of the same disk, it begins anew: another method was needed.
+        """
         ...
 
     def advanced(self, key: str, *, read: int, written: int) -> None:
@@ -87,13 +94,30 @@ def summary(key: str, point: DiskPoint) -> str:
 
         web1/xvda  inc  1.2 GiB of 40 GiB in 14 s  (base 20261121T020000Z)
         web1/xvdb  full  3.1 GiB of 10 GiB in 1 m 02 s  (first)
+        web1/xvdc  cmp  16 MiB of 10 GiB in 31 s  (base-lost, base 20261121T020000Z)
+        web1/xvdd  res  512 MiB of 10 GiB in 4.1 s  (full, first)
     """
     written, size = (units.format_size(n) for n in (point.bytes_written, point.size))
-    why = f"base {point.base}" if point.base else point.reason
+    why = ", ".join(_why(point))
     return (
-        f"{printable(key)}  {_SHORT.get(point.method, point.method)}  {written} of {size}"
+        f"{printable(key)}  {_short(point.method)}  {written} of {size}"
         f" in {units.format_duration(point.seconds)}" + (f"  ({why})" if why else "")
     )
+
+
+def _why(point: DiskPoint) -> Generator[str]:
+    """Yield what explains the method: how it began, why it is no increment, what it is based on."""
+    began = point.resumed or point.method
+    if point.resumed:
+        yield _short(point.resumed)
+    if point.reason and not (began == "incremental" and point.base):
+        yield point.reason
+    if point.base:
+        yield f"base {point.base}"
+
+
+def _short(method: str) -> str:
+    return _SHORT.get(method, method)
 
 
 def printable(text: str) -> str:
@@ -112,15 +136,35 @@ class _Disk:
     told: float
     read: int = 0
     written: int = 0
+    marks: deque[tuple[float, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.marks = deque([(self.begun, 0)])
+
+    def count(self, now: float, *, read: int, written: int) -> None:
+        """Add so many bytes, and remember once a second how far it was."""
+        self.read += read
+        self.written += written
+        if now - self.marks[-1][0] >= 1:
+            self.marks.append((now, self.read))
+        while len(self.marks) > 1 and now - self.marks[1][0] >= WINDOW:
+            self.marks.popleft()
 
     def rate(self, now: float) -> float:
-        """Bytes read in a second, from the beginning on."""
-        return self.read / (now - self.begun) if now > self.begun else 0.0
+        """Bytes read in a second, lately."""
+        since, before = self.marks[0]
+        return (self.read - before) / (now - since) if now > since else 0.0
 
-    def left(self, now: float) -> str:
-        """How long it will take, for people; "" while nobody knows."""
+    def left(self, now: float) -> float | None:
+        """Seconds that it will take; None while nobody knows."""
         rate = self.rate(now)
-        return units.format_duration(max(self.total - self.read, 0) / rate) if rate else ""
+        return max(self.total - self.read, 0) / rate if rate else None
+
+    def pace(self, now: float) -> str:
+        """Rate and time left, for people."""
+        left = self.left(now)
+        told = "" if left is None else f", {units.format_duration(left)} left"
+        return f"{units.format_rate(self.rate(now))}{told}"
 
 
 class SilentProgress:
@@ -158,9 +202,8 @@ class _Periodic:
         disk = self._disks.get(key)
         if disk is None:
             return
-        disk.read += read
-        disk.written += written
         now = self._clock()
+        disk.count(now, read=read, written=written)
         if now - disk.told >= self._every:
             disk.told = now
             self._tell(key, disk, now)
@@ -189,8 +232,8 @@ class LineProgress(_Periodic):
     def _tell(self, key: str, disk: _Disk, now: float) -> None:
         read, total, written = (units.format_size(n) for n in (disk.read, disk.total, disk.written))
         self._print(
-            f"{printable(key)}  {_SHORT.get(disk.method, disk.method)}  {read} of {total} read,"
-            f" {written} written, {units.format_rate(disk.rate(now))}, {disk.left(now)} left"
+            f"{printable(key)}  {_short(disk.method)}  {read} of {total} read,"
+            f" {written} written, {disk.pace(now)}"
         )
 
     def disk_finished(self, key: str, point: DiskPoint | None, error: str = "") -> None:
@@ -222,7 +265,18 @@ class JsonProgress(_Periodic):
         self._event("disk_started", disk=key, method=method, reason=reason, total=total)
 
     def _tell(self, key: str, disk: _Disk, now: float) -> None:
-        self._event("progress", disk=key, read=disk.read, written=disk.written, total=disk.total)
+        left = disk.left(now)
+        self._event(
+            "progress",
+            disk=key,
+            method=disk.method,
+            read=disk.read,
+            written=disk.written,
+            total=disk.total,
+            seconds=round(now - disk.begun, 3),
+            rate=round(disk.rate(now)),
+            left=None if left is None else round(left, 1),
+        )
 
     def disk_finished(self, key: str, point: DiskPoint | None, error: str = "") -> None:
         """Write ``disk_finished`` or ``disk_failed``."""
@@ -235,10 +289,14 @@ class JsonProgress(_Periodic):
             disk=key,
             method=point.method,
             reason=point.reason,
+            detail=point.detail,
+            resumed=point.resumed,
             base=point.base,
             size=point.size,
             read=point.bytes_read,
             written=point.bytes_written,
+            blocks_sampled=point.blocks_sampled,
+            blocks_mismatched=point.blocks_mismatched,
             seconds=point.seconds,
         )
 
@@ -246,7 +304,7 @@ class JsonProgress(_Periodic):
         """Write ``message``."""
         self._event("message", text=text)
 
-    def _event(self, event: str, **fields: str | float) -> None:
+    def _event(self, event: str, **fields: str | float | None) -> None:
         # json escapes control characters and, by default, everything that is not ASCII
         self._print(json.dumps({"schema": SCHEMA, "event": event, **fields}))
 
@@ -273,7 +331,8 @@ class BarProgress:
     def disk_started(self, key: str, *, method: str, reason: str, total: int) -> None:
         """Add a bar."""
         now = self._clock()
-        what = escape(f"{printable(key)}  {_SHORT.get(method, method)}")
+        self._remove(key)
+        what = escape(f"{printable(key)}  {_short(method)}")
         task = self.bars.add_task(what, total=total, figures=escape(f"({reason})"))
         self._disks[key] = task, _Disk(method, reason, total, begun=now, told=now)
 
@@ -282,22 +341,21 @@ class BarProgress:
         if key not in self._disks:
             return
         task, disk = self._disks[key]
-        disk.read += read
-        disk.written += written
         now = self._clock()
-        figures = (
-            f"{units.format_size(disk.written)} written  {units.format_rate(disk.rate(now))}"
-            f"  {disk.left(now)} left"
-        )
+        disk.count(now, read=read, written=written)
+        figures = f"{units.format_size(disk.written)} written, {disk.pace(now)}"
         self.bars.update(task, completed=disk.read, figures=figures)
 
     def disk_finished(self, key: str, point: DiskPoint | None, error: str = "") -> None:
         """Take the bar away; tell the error, if it is one."""
+        self._remove(key)
+        if error:
+            self.message(f"{key}  failed: {error}")
+
+    def _remove(self, key: str) -> None:
         task, _ = self._disks.pop(key, (None, None))
         if task is not None:
             self.bars.remove_task(task)
-        if error:
-            self.message(f"{key}  failed: {error}")
 
     def message(self, text: str) -> None:
         """Write ``text`` above the bars."""

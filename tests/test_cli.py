@@ -7,19 +7,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import pytest
 import trio
 import typer
 
-from cbtfs import errors, progress
-from cbtfs.catalogue import Catalogue, DiskFailure, DiskPoint, Point, VMHistory
-from cbtfs.cli import failures, listing, mounting, output, running, syncing
+from cbtfs import errors, plan
+from cbtfs.catalogue import Catalogue, DiskPoint, Point, VMHistory
+from cbtfs.cli import failures, listing, mounting, output, running
 from cbtfs.cli.app import app
-from cbtfs.cli.context import Globals
 from cbtfs.inventory import SR, VBD, VDI, VM, Inventory, Pool
-from cbtfs.sync import Outcome
+from cbtfs.plan import VMPlan
+from cbtfs.sync import Target
 
 from .program import Program, Result, untouched_process
 
@@ -96,6 +95,8 @@ def test_no_arguments_print_the_help(cbtfs: Program) -> None:
         (["ls", "--json"], "cbtfs: --json goes before the verb: cbtfs --json VERB …\n"),
         (["ls", "--nope"], "cbtfs: no such option: --nope; see 'cbtfs ls --help'\n"),
         (["sync", "job", "--vm", "x"], "cbtfs: give jobs, or --vm and --vdi, not both\n"),
+        (["sync", "--limit-rate", "50", "--vm", "x"], "cbtfs: --limit-rate: '50' is 50 B/s"),
+        (["sync", "--lock-wait", "9", "--vm", "x"], "cbtfs: --lock-wait: '9' is not a duration"),
         (["sim", "set", "/tmp", "x"], "cbtfs: 'x' is no setting; write KEY=VALUE"),
         (["mount", "-o", "lve=off", "/x"], "cbtfs: -o lve is no option of mount"),
         (["ls"], "cbtfs: no pool is configured; set CBTFS_URL"),
@@ -388,8 +389,15 @@ def catalogue(*, vdi_uuid: str) -> Catalogue:
     return Catalogue({uuid(1): VMHistory(uuid(1), "web1", (point,))})
 
 
+def first(target: Target) -> VMPlan:
+    """Plan the first restore point."""
+    if isinstance(target, VM):
+        return plan.plan_vm(inventory(), target, None, store="")
+    return plan.plan_vdi(inventory(), target, None, store="")
+
+
 def test_disk_has_snapshots_change_tracking_and_next_step() -> None:
-    [web1, detached] = listing.build(inventory(), catalogue=Catalogue({}))
+    [web1, detached] = listing.build(inventory(), catalogue=Catalogue({}), planner=first)
 
     [disk] = web1.disks
     assert (disk.cbt, len(disk.snapshots), disk.intent) == ("on", 1, "full (first)")
@@ -460,77 +468,3 @@ def test_traceback_drives_no_terminal(capsys: pytest.CaptureFixture[str]) -> Non
     told = capsys.readouterr().err
     assert told.count("\\x1b]0;mine\\x07") == 2
     assert all(line.isprintable() for line in told.splitlines())
-
-
-# ── The status of a sync ──
-
-
-def outcome(error: errors.CbtfsError | None = None, *, state: str = "complete") -> Outcome:
-    failure = DiskFailure(device="xvdb", vdi_uuid=uuid(5), error="no")
-    point = Point(
-        time="20261122T020000Z",
-        vm_uuid=uuid(1),
-        state=state,
-        failures=(failure,) if state == "partial" else (),
-    )
-    return Outcome(uuid(1), "web1", point=None if error else point, error=error)
-
-
-LEFT_OUT = Outcome(uuid(2), "kiosk")
-
-
-@pytest.mark.parametrize(
-    ("outcomes", "status"),
-    [
-        ([outcome(), outcome()], 0),
-        ([outcome(), outcome(state="partial")], 3),
-        ([outcome(), outcome(errors.StoreLocked(""))], 3),
-        ([outcome(errors.StoreLocked(""))], 11),
-        ([outcome(errors.PoolUnreachable("")), outcome(errors.PoolUnreachable(""))], 13),
-        ([outcome(errors.StoreLocked("")), outcome(errors.StoreError(""))], 1),
-        ([outcome(), LEFT_OUT], 0),
-        ([LEFT_OUT], 1),
-        ([outcome(errors.StoreLocked("")), LEFT_OUT], 3),
-        ([], 0),
-    ],
-)
-def test_status_of_a_sync_says_how_much_of_it_is_done(outcomes: list[Outcome], status: int) -> None:
-    assert syncing.exit_status(outcomes) == status
-
-
-def test_document_of_a_partial_point_names_what_failed() -> None:
-    document = syncing.outcome_document(outcome(state="partial"))
-
-    assert document["state"] == "partial"
-    assert document["failures"] == [{"device": "xvdb", "vdi_uuid": uuid(5), "error": "no"}]
-
-
-def noted_failures(kind: str) -> syncing.Failures:
-    noted = syncing.Failures(told=kind != "silent")
-    with progress.open_progress(cast(progress.Kind, kind), sys.stderr) as noted.view:
-        noted.disk_started("web1/xvdb", method="full", reason="first", total=1)
-        noted.advanced("web1/xvdb", read=1, written=1)
-        noted.disk_finished("web1/xvdb", None, "no space")
-    return noted
-
-
-@pytest.mark.parametrize("kind", ["line", "bar", "json", "silent"])
-@pytest.mark.parametrize(
-    "result", [outcome(state="partial"), outcome(errors.StoreFull("no space"))]
-)
-def test_failed_disk_is_told_once(
-    capsys: pytest.CaptureFixture[str], kind: str, result: Outcome
-) -> None:
-    syncing._show_outcomes(Globals(verbosity=-1), [result], noted_failures(kind))
-
-    told = capsys.readouterr().err
-    assert told.count("no space") == 1
-    assert ("no restore point" in told) == (result.error is not None)
-
-
-def test_failure_of_a_vm_is_told_whatever_the_view_says(capsys: pytest.CaptureFixture[str]) -> None:
-    result = outcome(errors.PoolError("the pool is tired"))
-
-    syncing._show_outcomes(Globals(), [result], syncing.Failures(told=True))
-
-    assert capsys.readouterr().err == "cbtfs: web1: the pool is tired\n"

@@ -75,6 +75,32 @@ def test_the_summary_of_a_full_copy_has_its_reason() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "method", "why"),
+    [
+        ({"method": "compare", "reason": "cbt-off"}, "cmp", "(cbt-off, base 20261121T020000Z)"),
+        ({"method": "resume", "resumed": "incremental"}, "res", "(inc, base 20261121T020000Z)"),
+        (
+            {"method": "resume", "resumed": "full", "reason": "first", "base": ""},
+            "res",
+            "(full, first)",
+        ),
+        (
+            {"method": "resume", "resumed": "compare", "reason": "moved"},
+            "res",
+            "(cmp, moved, base 20261121T020000Z)",
+        ),
+        ({"method": "incremental", "reason": "changed", "base": ""}, "inc", "(changed)"),
+    ],
+)
+def test_the_summary_tells_why_it_was_no_increment(
+    changes: dict[str, str], method: str, why: str
+) -> None:
+    disk = msgspec.structs.replace(DISK, **changes)
+
+    assert progress.summary("a/b", disk) == f"a/b  {method}  1.2 GiB of 40 GiB in 14 s  {why}"
+
+
 def test_hostile_names_do_not_reach_the_terminal() -> None:
     assert progress.printable(HOSTILE) == "web?[2J??evil[red]/xvda"
     assert progress.summary(HOSTILE, DISK).startswith("web?[2J??evil[red]/xvda  inc")
@@ -121,9 +147,11 @@ def test_events_are_json_lines(stream: io.StringIO, clock: Clock) -> None:
         (1, "message"),
     ]
     assert events[1] == {
-        "schema": 1, "event": "progress", "disk": HOSTILE, "read": 4, "written": 2, "total": 10,
+        "schema": 1, "event": "progress", "disk": HOSTILE, "method": "incremental",
+        "read": 4, "written": 2, "total": 10, "seconds": 1.0, "rate": 4, "left": 1.5,
     }  # fmt: skip
     assert events[2]["base"] == DISK.base
+    assert {"detail", "resumed", "blocks_sampled", "blocks_mismatched"} <= events[2].keys()
     assert events[3]["error"] == "lost"
 
 
@@ -135,7 +163,39 @@ def test_bars_show_bytes_written_rate_and_time_left(bar: BarProgress, clock: Clo
     line = shown(bar)
     assert "web1/xvda  inc" in line
     assert "25%" in line
-    assert "512 MiB written  512 MiB/s  6.0 s left" in line
+    assert "512 MiB written, 512 MiB/s, 6.0 s left" in line
+
+
+def test_the_rate_is_that_of_the_last_half_minute(stream: io.StringIO, clock: Clock) -> None:
+    view = LineProgress(stream, clock=clock)
+    view.disk_started("web1/xvda", method="compare", reason="moved", total=400 * GiB)
+    for second in range(1, 121):
+        clock.now = second
+        view.advanced("web1/xvda", read=GiB if second <= 60 else GiB // 4, written=0)
+
+    *_, fast, _, slow = stream.getvalue().splitlines()
+    assert "60 GiB of 400 GiB read, 0 B written, 1 GiB/s, 5 m 40 s left" in fast
+    assert "75 GiB of 400 GiB read, 0 B written, 256 MiB/s, 21 m 40 s left" in slow
+
+
+def test_nothing_is_said_of_the_time_left_while_nobody_knows(
+    stream: io.StringIO, clock: Clock
+) -> None:
+    view = LineProgress(stream, every=0, clock=clock)
+    view.disk_started("a/xvda", method="full", reason="first", total=GiB)
+    view.advanced("a/xvda", read=0, written=0)
+
+    assert stream.getvalue() == "a/xvda  full  0 B of 1 GiB read, 0 B written, 0 B/s\n"
+
+
+def test_a_disk_that_begins_anew_has_one_bar(bar: BarProgress, clock: Clock) -> None:
+    bar.disk_started("a/xvda", method="incremental", reason="changed", total=GiB)
+    bar.disk_started("a/xvda", method="compare", reason="cbt-mismatch", total=GiB)
+
+    assert shown(bar).count("a/xvda") == 1
+    assert "a/xvda  cmp" in shown(bar)
+    bar.disk_finished("a/xvda", DISK)
+    assert "a/xvda" not in shown(bar)
 
 
 def test_a_finished_disk_has_no_bar(bar: BarProgress) -> None:

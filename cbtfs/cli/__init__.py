@@ -7,6 +7,7 @@ In reading order:
 - ``pools`` (ls, info), ``mounting``, ``syncing`` (sync), ``points`` (list, verify), ``doctoring``,
   ``configuring``, ``simulating``, ``demo``: the verbs
 - ``listing``: what ls shows, as records
+- ``forecast``: what a sync would do, and how much; ``outcomes``: what one has done
 - ``output``, ``failures``, ``running``: tables and JSON, errors and statuses, signals
 """
 

@@ -112,11 +112,11 @@ def store_if_any(options: Globals) -> Generator[Store | None]:
         yield opened
 
 
-def catalogue_of(store: Store | None) -> tuple[Catalogue, str]:
-    """Return the restore points and the uuid of a store; of none at all, neither."""
+def catalogue_of(store: Store | None) -> Catalogue:
+    """Return the restore points of a store; of none at all, none."""
     if store is None:
-        return Catalogue({}), ""
+        return Catalogue({})
     found = store.catalogue()
     for problem in store.problems:
         warn(problem)
-    return found, store.uuid
+    return found

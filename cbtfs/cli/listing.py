@@ -1,6 +1,6 @@
 """Listing: what ``ls`` and ``info`` say of each disk, worked out from records alone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -8,6 +8,10 @@ from cbtfs import errors, plan
 from cbtfs.catalogue import Catalogue, VMHistory
 from cbtfs.inventory import VDI, VM, Inventory
 from cbtfs.plan import DiskPlan, VMPlan
+from cbtfs.sync import Target
+
+Planner = Callable[[Target], VMPlan]
+"""Tells what the next sync would do with a VM, or with a disk by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,25 +59,25 @@ def build(
     inventory: Inventory,
     *,
     catalogue: Catalogue | None,
-    store: str = "",
+    planner: Planner | None = None,
     patterns: Sequence[str] = (),
 ) -> list[VMRow]:
     """Return the VMs by name with their disks, then the disks without VM.
 
     Args:
         inventory: the pool.
-        catalogue: the restore points; None if there is no store to sync to.
-        store: uuid of the store.
+        catalogue: the restore points, if any.
+        planner: what the next sync would do; None if there is no store to sync to.
         patterns: names, globs, ``tag:…``, ``sr:…``; nothing selects everything.
 
     Raises:
         NotFound: ``patterns`` select nothing.
     """
     vms = plan.select_vms(inventory, patterns) if patterns else inventory.live_vms()
-    rows = [_vm_row(inventory, vm, catalogue=catalogue, store=store) for vm in vms]
+    rows = [_vm_row(inventory, vm, catalogue=catalogue, planner=planner) for vm in vms]
     if not patterns:
         detached = tuple(
-            disk_row(inventory, vdi, catalogue=catalogue, store=store)
+            disk_row(inventory, vdi, catalogue=catalogue, planner=planner)
             for vdi in inventory.detached_disks()
         )
         if detached:
@@ -81,11 +85,11 @@ def build(
     return rows
 
 
-def _vm_row(inventory: Inventory, vm: VM, *, catalogue: Catalogue | None, store: str) -> VMRow:
+def _vm_row(
+    inventory: Inventory, vm: VM, *, catalogue: Catalogue | None, planner: Planner | None
+) -> VMRow:
     history = catalogue.vms.get(vm.uuid) if catalogue else None
-    planned = None
-    if catalogue is not None:
-        planned = plan.plan_vm(inventory, vm, history, store=store)
+    planned = planner(vm) if planner is not None else None
     disks = tuple(
         _row(inventory, disk.vdi, device=disk.device, history=history, planned=planned)
         for disk in inventory.disks_of(vm)
@@ -95,13 +99,15 @@ def _vm_row(inventory: Inventory, vm: VM, *, catalogue: Catalogue | None, store:
 
 
 def disk_row(
-    inventory: Inventory, vdi: VDI, *, catalogue: Catalogue | None, store: str = ""
+    inventory: Inventory,
+    vdi: VDI,
+    *,
+    catalogue: Catalogue | None,
+    planner: Planner | None = None,
 ) -> DiskRow:
     """Return the row of a disk by itself, as if no VM had it."""
     history = catalogue.vms.get(f"vdi-{vdi.uuid}") if catalogue else None
-    planned = None
-    if catalogue is not None and not vdi.is_a_snapshot:
-        planned = plan.plan_vdi(inventory, vdi, history, store=store)
+    planned = planner(vdi) if planner is not None and not vdi.is_a_snapshot else None
     return _row(inventory, vdi, device="disk", history=history, planned=planned)
 
 

@@ -113,7 +113,7 @@ def _backups(options: Globals) -> Backups | None:
     with contexts.store_if_any(options) as store:
         if store is None:
             return None
-        catalogue, _ = contexts.catalogue_of(store)
+        catalogue = contexts.catalogue_of(store)
         return Backups(catalogue, str(store.path.absolute()))
 
 

@@ -37,7 +37,7 @@ def list_points(
     """List the restore points in the store."""
     options = contexts.of(context)
     with contexts.opened_store(options) as store:
-        catalogue, _ = contexts.catalogue_of(store)
+        catalogue = contexts.catalogue_of(store)
         histories = listing.matching(catalogue.vms.values(), vm or [])
         if options.json:
             output.document({"store": _store_document(store), "vms": _document(store, histories)})
@@ -132,7 +132,7 @@ def verify(
     documents: list[dict[str, object]] = []
     damaged = False
     with contexts.opened_store(options) as store:
-        catalogue, _ = contexts.catalogue_of(store)
+        catalogue = contexts.catalogue_of(store)
         references, unlisted = _chosen(store, catalogue, points or [])
         for reference in references:
             result = store.verify(reference)

@@ -9,8 +9,10 @@ import typer
 
 from cbtfs import units
 from cbtfs.inventory import VDI, Inventory
+from cbtfs.plan import VMPlan
+from cbtfs.sync import SyncOptions, Target
 
-from . import context as contexts, listing, output, running
+from . import context as contexts, forecast, listing, output, running
 from .context import Globals
 from .listing import DiskRow, VMRow
 from .output import Table
@@ -55,8 +57,15 @@ def _rows(options: Globals, inventory: Inventory, patterns: Sequence[str]) -> li
         return listing.build(inventory, catalogue=None, patterns=patterns)
     with ExitStack() as stack:
         store = stack.enter_context(contexts.store_if_any(options))
-        catalogue, uuid = contexts.catalogue_of(store)
-    return listing.build(inventory, catalogue=catalogue, store=uuid, patterns=patterns)
+        catalogue = contexts.catalogue_of(store)
+
+        def planned(target: Target) -> VMPlan:
+            (plan,) = forecast.plans(
+                inventory, store, [target], options=SyncOptions(), catalogue=catalogue
+            )
+            return plan
+
+        return listing.build(inventory, catalogue=catalogue, planner=planned, patterns=patterns)
 
 
 def _print(rows: Sequence[VMRow], *, verbose: bool) -> None:

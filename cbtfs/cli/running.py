@@ -16,16 +16,16 @@ from cbtfs import errors
 _T = TypeVar("_T")
 
 
-def run(work: Callable[[], Awaitable[_T]]) -> _T:
-    """Return what ``work`` returns.
+def run(work: Callable[[], Awaitable[_T]], *, then: str = errors.AGAIN) -> _T:
+    """Return what ``work`` returns; ``then`` says what to do after an interruption.
 
     Raises:
         Interrupted: a signal came first; the cleaning up is done.
     """
-    return trio.run(_supervised, work)
+    return trio.run(_supervised, work, then)
 
 
-async def _supervised(work: Callable[[], Awaitable[_T]]) -> _T:
+async def _supervised(work: Callable[[], Awaitable[_T]], then: str) -> _T:
     results: list[_T] = []
     signals: list[int] = []
     scope = trio.CancelScope()
@@ -37,7 +37,7 @@ async def _supervised(work: Callable[[], Awaitable[_T]]) -> _T:
             nursery.cancel_scope.cancel()
     if results:
         return results[0]
-    raise errors.Interrupted(signals[0])
+    raise errors.Interrupted(signals[0], then=then)
 
 
 async def _watch(received: AsyncIterator[int], scope: trio.CancelScope, signals: list[int]) -> None:
