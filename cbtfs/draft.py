@@ -16,7 +16,7 @@ when several runs in a row got no further.
 """
 
 import secrets
-from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,7 +24,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import trio
 
-from . import __version__, catalogue, diskcopy, errors, snapshot as snapshots, units
+from . import __version__, catalogue, diskcopy, doubt, errors, snapshot as snapshots, units
 from .catalogue import DiskFailure, DiskPoint, Point, VMHistory
 from .diskcopy import CopyOptions, Told
 from .inventory import VDI, VM, Inventory
@@ -297,7 +297,7 @@ class Draft:
                 ),
                 *newcomers,
             ),
-            warnings=(*_distrust(done.values()), *warnings),
+            warnings=(*doubt.warnings(done.values(), self._history), *warnings),
         )
 
     async def _metadata(self, stage: Stage) -> list[str]:
@@ -316,17 +316,6 @@ class Draft:
 def _reached(stage: Stage) -> int:
     """Return the bytes that the journal says need not be copied again."""
     return sum(e.size if e.finished else e.offset for e in stage.journaled.values())
-
-
-def _distrust(disks: Iterable[DiskPoint]) -> list[str]:
-    return [
-        f"the pool's list of changed blocks of {disk.device} was wrong: {disk.blocks_mismatched} of"
-        f" {disk.blocks_sampled} sampled blocks had changed although it did not name them; so the"
-        f" whole disk was compared and this restore point is right, but {disk.base} and those"
-        " before it may not be"
-        for disk in disks
-        if disk.blocks_mismatched
-    ]
 
 
 def _newcomers(plan: VMPlan, snapshot: Snapshot) -> list[DiskFailure]:
