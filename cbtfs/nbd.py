@@ -311,6 +311,7 @@ class Export:
             self._handle.aio_connect_socket(sock.detach())
         except libnbd.Error as exc:
             raise errors.ExportLost(f"{self.address}: {self._told(exc)}") from None
+        self._lives()  # a quick server may have said all there is to say by now
         await self._ready.wait()
         if self._refused:
             raise errors.ExportError(self.lost)
@@ -348,9 +349,13 @@ class Export:
         except libnbd.Error as exc:
             self._refused = self._refusal(exc)
             self.lost = self.lost or f"{self.address}: {self._told(exc)}"
-        if handle.aio_is_dead() or handle.aio_is_closed():
+        return self._lives()
+
+    def _lives(self) -> bool:
+        """Return whether the connection lives, and note whether its handshake is over."""
+        if self._handle.aio_is_dead() or self._handle.aio_is_closed():
             return False
-        if not handle.aio_is_connecting():
+        if not self._handle.aio_is_connecting():
             self._ready.set()
         return True
 

@@ -1,6 +1,7 @@
 """An export reads what is asked for, and ends in good order or with the right error."""
 
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -199,6 +200,24 @@ async def test_a_host_silent_at_first_is_given_up(own: Certificate) -> None:
         found = await outcome(NbdHost(own, tls=tls, quirk="silent"), quick=quick)
         assert isinstance(found, errors.ExportLost)
         assert "did not get ready" in str(found)
+
+
+async def test_a_host_may_have_answered_before_it_is_waited_for() -> None:
+    ours, theirs = socket.socketpair()
+    export = Export(NbdAddress("127.0.0.1", 1, "name", tls=False), timeouts=QUICK)
+    unsupported = (0x3E889045565A9, 7, 0x80000001, 0)
+    theirs.sendall(b"NBDMAGICIHAVEOPT\x00\x01" + struct.pack(">QIII", *unsupported))
+    theirs.sendall(struct.pack(">QH", SIZE, 3) + bytes(124))
+
+    with theirs:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(export.drive)
+            with trio.fail_after(20):
+                await export.connect(ours, abort=theirs.close)
+            await export.close()
+        export.forget()
+
+    assert export.size == SIZE
 
 
 async def test_nobody_there_is_a_lost_connection(own: Certificate) -> None:
