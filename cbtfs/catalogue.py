@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from . import errors
+from . import errors, names
 
 SCHEMA = 1
 """Version of ``point.json``; raised only when an older cbtfs could misread a newer file."""
@@ -159,6 +159,9 @@ class Catalogue:
         if history is not None:
             return history
         found = sorted(h.uuid for h in self.vms.values() if h.name == name_or_uuid)
+        found = found or sorted(
+            h.uuid for h in self.vms.values() if name_or_uuid in names.spellings(h.name, h.uuid)
+        )
         if not found:
             raise errors.NotFound(f"the store has no restore point of a VM called {name_or_uuid!r}")
         if len(found) > 1:

@@ -164,6 +164,7 @@ class Inventory:
         live = self.live_vms()
         found = [vm for vm in live if vm.uuid == name_or_uuid.lower()]
         found = found or [vm for vm in live if vm.name == name_or_uuid]
+        found = found or [vm for vm in live if name_or_uuid in names.spellings(vm.name, vm.uuid)]
         if not found:
             raise errors.NotFound(f"pool {self.pool.name!r} has no VM called {name_or_uuid!r}")
         if len(found) > 1:

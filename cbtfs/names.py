@@ -1,7 +1,8 @@
-"""Names of things in a pool, made into names of files.
+"""Names of things in a pool, made into names of files and into text on a terminal.
 
 Whoever may rename a VM or a disk chooses the name, so it is hostile input: ``safe_names`` is total,
-injective within a folder, and leaves names alone that were made by it.
+injective within a folder, and leaves names alone that were made by it; ``shown`` lets nothing
+through that could drive a terminal or mislead an eye. What was printed can be typed: ``spellings``.
 """
 
 import re
@@ -16,6 +17,12 @@ RESERVED = frozenset({"latest", "snapshots"})
 """Names that mount and store use themselves where names from the pool stand too."""
 
 _BAD = re.compile("[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_UNSAFE = re.compile(
+    # C0, DEL and C1; soft hyphen; zero-width and directional marks; line separators; directional
+    # embeddings, overrides and isolates; byte order mark; lone surrogates; tag characters
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
 _UUID = re.compile(r"(?:vdi-)?([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 _SUFFIX_DIGITS = (0, 8, 16, 32)
 
@@ -76,6 +83,29 @@ def _suffixed(name: str, key: str, *, level: int, limit: int) -> str:
         digits = _digest(key, size=20).hex()
     room = limit - len(digits) - 1
     return f"{name.encode()[:room].decode(errors='ignore')}~{digits}"
+
+
+def shown(text: str) -> str:
+    """Return ``text`` with everything that could drive a terminal or mislead an eye escaped."""
+    if text.isascii() and text.isprintable():
+        return text
+    return _UNSAFE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def spellings(name: str, key: str) -> frozenset[str]:
+    """Return how a thing called ``name`` with the uuid ``key`` is printed where not as itself.
+
+    With characters escaped, as ``shown`` does it, or as ``safe_names`` tells it from its twins.
+    """
+    twin = _suffixed(_BAD.sub("_", name), key, level=1, limit=NAME_MAX)
+    return frozenset({shown(name), twin, shown(twin)}) - {name}
 
 
 def _digest(text: str, *, size: int) -> bytes:

@@ -241,6 +241,14 @@ def test_what_names_nothing_or_several_is_refused(text: str, told: str) -> None:
         STORE.resolve(text)
 
 
+@pytest.mark.parametrize("text", ["a\nb", "a\\x0ab", "a_b~aaaaaaaa"])
+def test_a_vm_is_found_by_its_name_as_it_is_printed(text: str) -> None:
+    uuid = "aaaaaaaa-0000-4000-8000-000000000001"
+    found = Catalogue({uuid: VMHistory(uuid, "a\nb", (FIRST,))})
+
+    assert found.resolve(f"{text}/latest").history.uuid == uuid
+
+
 def test_all_of_few_candidates_are_listed() -> None:
     days = tuple(point(f"202611{day:02d}T020000Z") for day in range(1, 6))
 

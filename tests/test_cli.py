@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -402,6 +403,19 @@ def test_disk_has_snapshots_change_tracking_and_next_step() -> None:
     [disk] = web1.disks
     assert (disk.cbt, len(disk.snapshots), disk.intent) == ("on", 1, "full (first)")
     assert [row.vdi.name for row in detached.disks] == ["loose"]
+
+
+def test_a_disk_is_found_by_the_name_that_is_printed() -> None:
+    known = inventory()
+    hostile = replace(known.vdis["D"], name="a\x1bb")
+    known = replace(
+        known,
+        vdis={**known.vdis, "D": hostile},
+        vms={"M": replace(known.vms["M"], name="line\nbreak")},
+    )
+
+    assert listing.find_disk(known, "a\\x1bb") == hostile
+    assert listing.find_disk(known, "line\\x0abreak/xvda") == known.vdis["V"]
 
 
 def test_without_a_store_nothing_is_said_of_the_next_sync() -> None:

@@ -435,6 +435,13 @@ def test_a_vm_is_found_by_name_or_uuid() -> None:
     assert found.find_vm("web1") == found.find_vm(uuid(7)) == found.vms["v"]
 
 
+@pytest.mark.parametrize("text", ["a\nb", "a\\x0ab", f"a_b~{uuid(7)[:8]}"])
+def test_a_vm_is_found_by_its_name_as_it_is_printed(text: str) -> None:
+    found = parse(VM={"v": {"uuid": uuid(7), "name_label": "a\nb"}})
+
+    assert found.find_vm(text).ref == "v"
+
+
 def test_snapshots_of_a_name_do_not_count() -> None:
     found = parse(
         VM={"v": {"name_label": "web1"}, "s": {"name_label": "web1", "is_a_snapshot": True}}

@@ -97,3 +97,21 @@ def test_safe_names_is_total_injective_valid_and_idempotent(
         assert name not in {".", "..", "latest", "snapshots"}
         assert not any(c == "/" or ord(c) < 32 or 127 <= ord(c) < 160 for c in name)
     assert names.safe_names(list(found.items()), limit=limit) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("line\nbreak", {"line\\x0abreak", "line_break~aaaaaaaa"}),
+        ("web1", {"web1~aaaaaaaa"}),
+        ("a\u202eb", {"a\\u202eb", "a\u202eb~aaaaaaaa", "a\\u202eb~aaaaaaaa"}),
+    ],
+)
+def test_what_is_printed_of_a_name_is_one_of_its_spellings(name: str, printed: set[str]) -> None:
+    assert names.spellings(name, A) == printed
+    assert {names.shown(name), names.safe_names([(A, name), (B, name)])[A]} <= printed | {name}
+
+
+@given(raw_names, keys)
+def test_every_name_has_spellings(name: str, key: str) -> None:
+    assert name not in names.spellings(name, key)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from cbtfs import errors, inventory as inventories, plan
+from cbtfs import inventory as inventories, plan
 from cbtfs.catalogue import DiskPoint, Point, VMHistory
 from cbtfs.inventory import SR, VBD, VDI, VM, Inventory, Owned, Pool
 from cbtfs.plan import Base, DiskPlan, Reason
@@ -435,62 +435,3 @@ def test_falling_back_without_an_image_makes_a_full() -> None:
 
 def test_reasons_are_written_as_their_words() -> None:
     assert f"{Reason.BASE_LOST}" == "base-lost"
-
-
-# ── Selecting ────────────────────────────────────────────────────────────────────────────────
-
-
-def machine(name: str, number: int, *, tags: tuple[str, ...] = ()) -> VM:
-    uuid = f"00000000-0000-4000-8000-{number:012x}"
-    return VM(ref=name + uuid, uuid=uuid, name=name, tags=frozenset(tags))
-
-
-FLEET = pool(
-    LIVE,
-    vms=(
-        WEB1,
-        machine("web2", 2, tags=("gold",)),
-        machine("db1", 3, tags=("gold", "silver")),
-        machine("odd[1]", 4),
-        replace(machine("web9", 9), is_a_snapshot=True),
-    ),
-)
-
-
-@pytest.mark.parametrize(
-    ("patterns", "names"),
-    [
-        (["web1"], ["web1"]),
-        (["web*"], ["web1", "web2"]),
-        (["db1", "web?"], ["db1", "web1", "web2"]),
-        (["web*", "web1"], ["web1", "web2"]),
-        ([WEB1.uuid], ["web1"]),
-        (["tag:gold"], ["db1", "web2"]),
-        (["tag:s*"], ["db1"]),
-        (["tag:none", "web1"], ["web1"]),
-        (["sr:ss?"], ["web1"]),
-        (["sr:57"], ["web1"]),
-        (["odd[1]"], ["odd[1]"]),
-    ],
-)
-def test_patterns_select_live_vms(patterns: list[str], names: list[str]) -> None:
-    assert [vm.name for vm in plan.select_vms(FLEET, patterns)] == names
-
-
-@pytest.mark.parametrize("patterns", [[], ["x*"], ["tag:x"], ["sr:x", "tag:y"]])
-def test_selecting_nothing_at_all_is_an_error(patterns: list[str]) -> None:
-    with pytest.raises(errors.NotFound, match="no VM of pool 'prod' matches"):
-        plan.select_vms(FLEET, patterns)
-
-
-@pytest.mark.parametrize("name", ["web9", "Web1", ""])
-def test_a_plain_name_must_exist(name: str) -> None:
-    with pytest.raises(errors.NotFound, match=f"no VM called '{name}'"):
-        plan.select_vms(FLEET, ["web1", name])
-
-
-def test_a_vm_whose_sr_is_unknown_is_in_no_sr() -> None:
-    lost = pool(replace(LIVE, sr_ref="gone"))
-
-    with pytest.raises(errors.NotFound):
-        plan.select_vms(lost, ["sr:*"])

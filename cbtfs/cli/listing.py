@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from cbtfs import errors, plan
+from cbtfs import errors, names, plan, selection
 from cbtfs.catalogue import Catalogue, VMHistory
 from cbtfs.inventory import VDI, VM, Inventory
 from cbtfs.plan import DiskPlan, VMPlan
@@ -73,7 +73,7 @@ def build(
     Raises:
         NotFound: ``patterns`` select nothing.
     """
-    vms = plan.select_vms(inventory, patterns) if patterns else inventory.live_vms()
+    vms = selection.select_vms(inventory, patterns) if patterns else inventory.live_vms()
     rows = [_vm_row(inventory, vm, catalogue=catalogue, planner=planner) for vm in vms]
     if not patterns:
         detached = tuple(
@@ -153,9 +153,11 @@ def find_disk(inventory: Inventory, text: str) -> VDI:
     try:
         return inventory.vdi_by_uuid(text)
     except errors.NotFound:
-        if slash and any(vm_name in (vm.name, vm.uuid) for vm in inventory.live_vms()):
+        if slash and any(_is_vm(vm, vm_name) for vm in inventory.live_vms()):
             return _disk_of_vm(inventory, inventory.find_vm(vm_name), device)
-    named = [v for v in inventory.vdis.values() if v.name == text and v.is_readable]
+    readable = [vdi for vdi in inventory.vdis.values() if vdi.is_readable]
+    named = [vdi for vdi in readable if vdi.name == text]
+    named = named or [vdi for vdi in readable if names.shown(vdi.name) == text]
     live = [vdi for vdi in named if not vdi.is_a_snapshot] or named
     if len(live) == 1:
         return live[0]
@@ -166,6 +168,10 @@ def find_disk(inventory: Inventory, text: str) -> VDI:
         f"pool {inventory.pool.name!r} has no disk {text!r}; write a uuid, a name, or VM/DEVICE"
         " such as web1/xvda"
     )
+
+
+def _is_vm(vm: VM, text: str) -> bool:
+    return text in {vm.name, vm.uuid} or text in names.spellings(vm.name, vm.uuid)
 
 
 def _disk_of_vm(inventory: Inventory, vm: VM, device: str) -> VDI:
@@ -186,9 +192,13 @@ def matching(histories: Iterable[VMHistory], patterns: Sequence[str]) -> list[VM
     found = [
         history
         for history in sorted(histories, key=lambda h: (h.name, h.uuid))
-        if not patterns
-        or any(fnmatchcase(n, p) for n in (history.name, history.uuid) for p in patterns)
+        if not patterns or any(_is_called(history, pattern) for pattern in patterns)
     ]
     if patterns and not found:
         raise errors.NotFound(f"the store has no restore point of {', '.join(patterns)}")
     return found
+
+
+def _is_called(history: VMHistory, pattern: str) -> bool:
+    called = (history.name, history.uuid)
+    return pattern in names.spellings(*called) or any(fnmatchcase(n, pattern) for n in called)

@@ -7,7 +7,6 @@ ASCII, so that neither can drive a terminal.
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -19,17 +18,11 @@ from typing import TextIO
 
 from rich.cells import cell_len, set_cell_size
 
-from cbtfs import errors
+from cbtfs import errors, names
 
 SCHEMA = 1
 """Version of every JSON document that commands print."""
 
-_UNSAFE = re.compile(
-    # C0, DEL and C1; soft hyphen; zero-width and directional marks; line separators; directional
-    # embeddings, overrides and isolates; byte order mark; lone surrogates; tag characters
-    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
-)
 _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 
 MAX_COLUMN = 48
@@ -39,18 +32,8 @@ MIN_COLUMN = 12
 """Cells below which a column is not cut."""
 
 
-def safe(text: str) -> str:
-    """Return ``text`` with everything that could drive a terminal or mislead an eye escaped."""
-    if text.isascii() and text.isprintable():
-        return text
-    return _UNSAFE.sub(_escaped, text)
-
-
-def _escaped(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+safe = names.shown
+"""What makes text from a pool fit to be printed."""
 
 
 class ReaderGone(errors.CbtfsError):

@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cbtfs import damage, units
+from cbtfs import damage, names, units
 from cbtfs.catalogue import Catalogue, Point, Reference, VMHistory
 from cbtfs.store import DiskResult, Store, Unlisted, VerifyResult
 
@@ -177,7 +177,9 @@ def _unlisted_called(store: Store, catalogue: Catalogue, text: str) -> list[Unli
     ``latest`` is the newest directory there is: an older point must not pass for it.
     """
     vm, _, time = text.rpartition("/")
-    label = {h.uuid: {h.name, h.uuid} for h in catalogue.vms.values()}
+    label = {
+        h.uuid: {h.name, h.uuid, *names.spellings(h.name, h.uuid)} for h in catalogue.vms.values()
+    }
     found = [p for p in store.unlisted if vm in label.get(p.vm_uuid, {p.vm_uuid})]
     if time != "latest":
         return [point for point in found if point.time == time]

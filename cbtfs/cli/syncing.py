@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
-from cbtfs import config, errors, plan as planning, progress, sync as syncs, units
+from cbtfs import config, errors, progress, selection, sync as syncs, units
 from cbtfs.inventory import Inventory
 from cbtfs.pool import Pool
 from cbtfs.progress import Progress
@@ -175,7 +175,7 @@ def _runs(
 def _targets(inventory: Inventory, run: Run) -> list[Target]:
     chosen: list[Target] = []
     if run.vms:
-        chosen += planning.select_vms(inventory, run.vms)
+        chosen += selection.select_vms(inventory, run.vms)
     chosen += [inventory.vdi_by_uuid(uuid) for uuid in run.vdis]
     return chosen
 
@@ -195,7 +195,7 @@ def _targets_there(inventory: Inventory, run: Run) -> tuple[list[Target], list[O
         try:
             chosen |= {target.ref: target for target in _targets(inventory, one)}
         except errors.NotFound as exc:
-            if one.vdis or not planning.is_open(name):
+            if one.vdis or not selection.is_open(name):
                 missing.append(Outcome("", name, error=exc))
     if not chosen and not missing:
         _targets(inventory, run)  # says that nothing matches
