@@ -348,7 +348,7 @@ class _DiskCopy:
         """Bring to disk what was copied so far, and write down how far that is."""
         position = copier.position
         entry = self._entry(work, work.size if position is None else position)
-        if entry.offset <= work.offset:
+        if not copier.tally.read or entry.offset <= work.offset:
             return
 
         def keep() -> None:

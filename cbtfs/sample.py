@@ -23,7 +23,7 @@ class Sample:
     """
 
     share: float = 0.001
-    at_least: int = 16
+    at_least: int = 64
     at_most: int | None = 256
 
     def count(self, unchanged: int) -> int:

@@ -12,8 +12,8 @@ from cbtfs.sample import Sample, chance
     [
         (0, 0),
         (5, 5),  # there are no more
-        (16_384, 17),  # 1 GiB
-        (1_000, 16),
+        (16_384, 64),  # 1 GiB
+        (131_072, 132),  # 8 GiB: 0.1 %
         (262_144, 256),  # 16 GiB
         (1 << 28, 256),  # 16 TiB costs no more
     ],
