@@ -294,6 +294,15 @@ def test_zeros_are_not_punched_again(files: ImageFiles, monkeypatch: pytest.Monk
     assert sum(length for _, length in punched) < 1 << 30
 
 
+def test_digests_that_are_stored_zeros_are_zeros(
+    files: ImageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Image.create(files, size=ODD) as made:
+        (files.folder.path / files.digests).write_bytes(bytes(11 * digests.LENGTH))
+        monkeypatch.delattr(sparse, "punch")
+        made.zero(0, ODD)
+
+
 def test_zero_with_steps_of_digests(
     base: ImageFiles, files: ImageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
