@@ -95,6 +95,10 @@ def _user_allow_other() -> Iterator[Finding]:
 def store(path: Path) -> list[Finding]:
     """Look at the directory of a store, or at where it would be made."""
     place = next((p for p in (path, *path.parents) if p.is_dir()), Path("/"))
+    if os.statvfs(place).f_flag & os.ST_RDONLY:
+        detail = f"{place} is on a file system that is mounted read-only"
+        remedy = f"sudo mount -o remount,rw {_mount_point(place)}; if that fails, see dmesg"
+        return [Finding("store", "fail", detail, remedy)]
     if not os.access(place, os.W_OK | os.X_OK):
         return [
             Finding(
@@ -103,6 +107,12 @@ def store(path: Path) -> list[Finding]:
         ]
     state = "a store" if (path / "cbtfs.json").exists() else "no store yet; the first sync makes it"
     return [Finding("store", "ok", f"{path}: {state}"), _reflinks(place), _room(place)]
+
+
+def _mount_point(place: Path) -> Path:
+    """Return where the file system of ``place`` is mounted."""
+    resolved = place.resolve()
+    return next(path for path in (resolved, *resolved.parents) if path.is_mount())
 
 
 def _reflinks(place: Path) -> Finding:
@@ -186,7 +196,7 @@ def _tracking(inventory: Inventory, sr: SR) -> Finding:
     if not sr.host_refs:
         return Finding(name, "warn", "no host has it attached", f"xe pbd-plug (SR {sr.uuid})")
     if not sr.cbt_capable:
-        detail = f"type {sr.type} cannot track changes: its {len(disks)} disks are copied in full"
+        detail = f"type {sr.type} cannot track changes: all of its {len(disks)} disks is read by each sync"
         return Finding(name, "warn", detail, "move disks to an SR with CBT, or accept the reading")
     detail = f"type {sr.type} tracks changes, on for {on} of {len(disks)} disks"
     return Finding(name, "ok", f"{detail} (sync turns it on)" if on < len(disks) else detail)

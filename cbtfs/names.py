@@ -102,10 +102,12 @@ def _escaped(match: re.Match[str]) -> str:
 def spellings(name: str, key: str) -> frozenset[str]:
     """Return how a thing called ``name`` with the uuid ``key`` is printed where not as itself.
 
-    With characters escaped, as ``shown`` does it, or as ``safe_names`` tells it from its twins.
+    With characters escaped, as ``shown`` does it, or as ``safe_names`` makes it valid and tells it
+    from its twins.
     """
-    twin = _suffixed(_BAD.sub("_", name), key, level=1, limit=NAME_MAX)
-    return frozenset({shown(name), twin, shown(twin)}) - {name}
+    plain = _BAD.sub("_", name)
+    twin = _suffixed(plain, key, level=1, limit=NAME_MAX)
+    return frozenset({shown(name), plain, shown(plain), twin, shown(twin)}) - {name}
 
 
 def _digest(text: str, *, size: int) -> bytes:

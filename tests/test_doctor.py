@@ -1,5 +1,8 @@
 """The doctor names what cannot work, what works worse, and what helps."""
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +67,7 @@ def test_storage_that_cannot_track_changes_is_warned_of() -> None:
     found = named(doctor.pool(replace(HEALTHY, srs=srs)), "SR fast")
 
     assert found.level == "warn"
-    assert "its 1 disks are copied in full" in found.detail
+    assert "all of its 1 disks is read by each sync" in found.detail
 
 
 def test_storage_that_no_host_has_attached_is_warned_of() -> None:
@@ -116,6 +119,28 @@ def test_looking_at_a_store_makes_nothing(tmp_path: Path) -> None:
 
 def test_store_where_nobody_may_write_cannot_work() -> None:
     assert "fail" in {finding.level for finding in doctor.store(Path("/proc/store"))}
+
+
+READ_ONLY = """
+mount -t tmpfs none "$0" && mkdir "$0/a" && mount -o remount,ro "$0" || exit 99
+exec "$1" -c 'import sys; from pathlib import Path; from cbtfs import doctor
+for found in doctor.store(Path(sys.argv[1])): print(found.level, found.detail, found.remedy)
+' "$0/a/store"
+"""
+
+
+def test_store_on_a_file_system_that_is_read_only_says_so(tmp_path: Path) -> None:
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare(1)")
+    command = ["unshare", "-r", "-m", "sh", "-c", READ_ONLY, str(tmp_path), sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 99 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"needs a mount namespace: {done.stderr}")
+
+    assert done.stdout == (
+        f"fail {tmp_path}/a is on a file system that is mounted read-only"
+        f" sudo mount -o remount,rw {tmp_path}; if that fails, see dmesg\n"
+    ), done.stderr
 
 
 def test_machine_names_its_versions() -> None:

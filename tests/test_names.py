@@ -102,7 +102,7 @@ def test_safe_names_is_total_injective_valid_and_idempotent(
 @pytest.mark.parametrize(
     ("name", "printed"),
     [
-        ("line\nbreak", {"line\\x0abreak", "line_break~aaaaaaaa"}),
+        ("line\nbreak", {"line\\x0abreak", "line_break", "line_break~aaaaaaaa"}),
         ("web1", {"web1~aaaaaaaa"}),
         ("a\u202eb", {"a\\u202eb", "a\u202eb~aaaaaaaa", "a\\u202eb~aaaaaaaa"}),
     ],
