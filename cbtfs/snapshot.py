@@ -74,8 +74,9 @@ async def take(pool: Pool, plan: VMPlan, naming: Naming) -> Snapshot:
 def of_vm(inventory: Inventory, plan: VMPlan, ref: str) -> Snapshot:
     """Return what the snapshot VM ``ref`` holds, by the disks of ``plan``.
 
-    What stands in it as itself, or is attached elsewhere too, was not made by it: never ours. A
-    disk that its VM has twice may be there twice, as two snapshots.
+    What stands in it as itself, or is attached elsewhere too, was not made by it: never ours. But a
+    control domain that has it only reads it, above all for a run that was killed just now. A disk
+    that its VM has twice may be there twice, as two snapshots.
 
     Raises:
         PoolError: there is no such VM.
@@ -87,12 +88,19 @@ def of_vm(inventory: Inventory, plan: VMPlan, ref: str) -> Snapshot:
     made = [
         disk.vdi
         for disk in inventory.disks_of(vm)
-        if disk.vdi.is_a_snapshot and here.issuperset(disk.vdi.vbd_refs)
+        if disk.vdi.is_a_snapshot
+        and all(ref in here or _is_of_dom0(inventory, ref) for ref in disk.vdi.vbd_refs)
     ]
     found = {vdi.snapshot_of: vdi for vdi in made}
     disks = {d.device: found[d.vdi_ref] for d in plan.disks if d.vdi_ref in found}
     chosen = {vdi.ref for vdi in disks.values()}
     return Snapshot(inventory, vm, disks, tuple(vdi for vdi in made if vdi.ref not in chosen))
+
+
+def _is_of_dom0(inventory: Inventory, vbd_ref: str) -> bool:
+    vbd = inventory.vbds.get(vbd_ref)
+    vm = inventory.vms.get(vbd.vm_ref) if vbd is not None else None
+    return vm is not None and vm.is_control_domain
 
 
 def _known(inventory: Inventory, ref: str) -> VDI:

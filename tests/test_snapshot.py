@@ -1,5 +1,7 @@
 """A snapshot's disks are those that it made, and only those are ours."""
 
+from dataclasses import replace
+
 import pytest
 
 from cbtfs import errors, plan, snapshot
@@ -70,6 +72,21 @@ def test_what_is_attached_elsewhere_too_was_not_made_by_it() -> None:
 
     assert [vdi.ref for vdi in made.disks.values()] == ["a"]
     assert made.others == ()
+
+
+def test_what_a_control_domain_still_reads_for_a_killed_run_is_ours() -> None:
+    inventory = pool(taken("a", vbds=("a-vbd", "reader")))
+    dom0 = VM(ref="dom0", uuid="d0", is_control_domain=True, vbd_refs=("reader",))
+    reader = VBD(ref="reader", vm_ref="dom0", vdi_ref="a", device="xvdz", mode="RO")
+    read = replace(
+        inventory,
+        vms={**inventory.vms, "dom0": dom0},
+        vbds={**inventory.vbds, "reader": reader},
+    )
+
+    made = snapshot.of_vm(read, planned(read), "copy")
+
+    assert [vdi.ref for vdi in made.disks.values()] == ["a"]
 
 
 def test_a_live_disk_that_stands_as_itself_was_not_made_by_it() -> None:
