@@ -1,5 +1,7 @@
 """The verbs on a simulated pool, as a user calls them, with their JSON and their statuses."""
 
+import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +39,7 @@ class Synced(msgspec.Struct):
     size: int
     extents: int | None
     bytes_changed: int | None
+    resumed: str | None = None
 
 
 class SyncedVM(msgspec.Struct):
@@ -45,6 +48,8 @@ class SyncedVM(msgspec.Struct):
     point: str | None = None
     state: str = ""
     error: str | None = None
+    failures: list[dict[str, str]] = []
+    resumes: str | None = None
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +294,68 @@ def test_a_point_that_cannot_be_listed_is_damage(cbtfs: Program, tmp_path: Path)
     assert line.endswith("damaged, see the warning")
 
 
+def test_storage_without_tracking_costs_comparisons_from_the_second_point_on(
+    cbtfs: Program,
+) -> None:
+    cbtfs("sync", "--vm", "app1")
+    [foretold] = synced(cbtfs.json("sync", "--vm", "app1", "-n"))
+
+    [done] = synced(cbtfs.json("sync", "--vm", "app1"))
+
+    methods = {disk.device: (disk.method, disk.reason) for disk in done.disks}
+    assert methods["xvdc"] == methods["xvdd"] == ("compare", "cbt-unsupported")
+    assert methods == {disk.device: (disk.method, disk.reason) for disk in foretold.disks}
+
+
+def test_an_image_found_damaged_is_nothing_that_the_next_sync_builds_on(
+    cbtfs: Program, tmp_path: Path
+) -> None:
+    [first] = synced(cbtfs.json("sync", "--vm", "app1"))
+    cbtfs("sync", "--vm", "app1")
+    image = tmp_path / "store" / "by-name" / "app1" / "latest" / "xvda.raw"
+    with image.open("r+b") as file:
+        file.write(b"damage")
+    assert cbtfs("verify", "app1/latest/xvda").status == 4
+
+    disk = vms(cbtfs.json("ls", "--vm", "app1"))["app1"].disks[0]
+    [done] = synced(cbtfs.json("sync", "--vm", "app1"))
+
+    assert disk.next is not None
+    assert (disk.next["method"], disk.next["reason"]) == ("compare", "base-damaged")
+    copied = done.disks[0]
+    assert (copied.method, copied.reason, copied.base) == ("compare", "base-damaged", first.point)
+    assert cbtfs("verify", "app1/latest").status == 0
+
+
+def test_a_vm_that_another_run_works_on_is_status_11_which_names_the_run(
+    cbtfs: Program, tmp_path: Path
+) -> None:
+    cbtfs("sync", "--vm", "app1")
+    (lock,) = (tmp_path / "store").glob("*-*/.lock")
+    with lock.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = cbtfs("sync", "--vm", "app1", "--lock-wait", "10ms")
+
+    assert result.status == 11
+    assert "cbtfs: app1: " in result.err
+    assert "is locked by " in result.err
+
+
+def test_the_error_of_each_disk_is_in_the_document_of_a_vm_without_a_point(
+    cbtfs: Program, pool: RunningPool
+) -> None:
+    pool.set("nbd.attach_fail", "*")
+    try:
+        result = cbtfs("--json", "sync", "--vm", "app1")
+    finally:
+        pool.set("nbd.attach_fail", "")
+
+    (vm,) = msgspec.convert(result.document()["vms"], list[SyncedVM])
+    assert (result.status, vm.state, vm.point) == (1, "failed", None)
+    assert {failure["device"] for failure in vm.failures} == {"xvda", "xvdb", "xvdc", "xvdd"}
+    assert all(failure["error"] for failure in vm.failures)
+
+
 def test_disk_without_a_vm_is_synced_by_its_uuid(cbtfs: Program) -> None:
     detached = msgspec.convert(cbtfs.json("ls")["detached"], list[Disk])
 
@@ -342,6 +409,45 @@ def test_interrupted_sync_ends_with_130_and_leaves_no_point(
     assert process.returncode == 130
     assert "cbtfs: interrupted" in said
     assert not list(store.glob("*/2*"))
+
+
+def interrupt_after(size: int, pool: RunningPool, store: Path, *verb: str) -> None:
+    """Interrupt a sync once it has read ``size`` bytes of a disk, and then stands still."""
+    command = [sys.executable, "-m", "cbtfs", "--config", str(pool.config), "--store", str(store)]
+    with subprocess.Popen(
+        [*command, *verb, "--json-progress"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            event = json.loads(line)
+            if event["event"] == "progress" and event["read"] >= size:
+                break
+        pool.set("nbd.delay", "60s")
+        process.send_signal(2)
+        process.communicate()
+
+
+def test_a_sync_after_an_interrupted_one_is_foretold_to_go_on_and_does(
+    cbtfs: Program, pool: RunningPool, tmp_path: Path
+) -> None:
+    pool.set("nbd.delay", "500ms")
+    try:
+        interrupt_after(16 << 20, pool, tmp_path / "store", "sync", "--vm", "web1")
+    finally:
+        pool.set("nbd.delay", "")
+    (partial,) = (tmp_path / "store").glob("*/.partial-*")
+
+    listed = vms(cbtfs.json("ls", "--vm", "web1"))["web1"].disks
+    [foretold] = synced(cbtfs.json("sync", "--vm", "web1", "-n"))
+    [done] = synced(cbtfs.json("sync", "--vm", "web1"))
+
+    assert {disk.next["method"] for disk in listed if disk.next} == {"resume"}
+    assert {disk.method for disk in foretold.disks} == {"resume"}
+    assert f".partial-{foretold.resumes}" == f".partial-{done.point}" == partial.name
+    assert {(disk.method, disk.resumed, disk.reason) for disk in done.disks} == {
+        ("resume", "full", "first")
+    }
+    assert cbtfs("verify", "web1/latest").status == 0
 
 
 # ── The mount ──
