@@ -13,6 +13,7 @@ from .inventory import Inventory
 from .plan import VMPlan
 from .pool import Pool
 from .progress import Progress
+from .rate import Rate
 from .store import Store
 from .target import SyncOptions, Target
 from .vmrun import Outcome, Shared, VMRun
@@ -55,15 +56,16 @@ async def run(
 ) -> list[Outcome]:
     """Make a restore point of each target, several at a time; a failure stops only its own VM.
 
-    If cancelled, the pool is tidied up (at most ``vmrun.CLEANUP`` seconds) and nothing half-written
-    is left in the store, but for the name of a snapshot that the pool may still be taking.
+    If cancelled, each VM's run leaves what the next one goes on with, or nothing (see ``draft``),
+    all of them within ``draft.CLEANUP`` seconds.
 
     Returns:
         An outcome for each target, in their order; a target named twice has one run.
     """
     chosen = {known.key_of(target): target for target in targets}
     labels = names.safe_names([(key, t.name) for key, t in chosen.items()], reserved=())
-    shared = Shared(trio.CapacityLimiter(DISKS_AT_ONCE), labels)
+    rate = Rate(options.limit_rate) if options.limit_rate else None
+    shared = Shared(trio.CapacityLimiter(DISKS_AT_ONCE), labels, rate)
     at_once = trio.CapacityLimiter(VMS_AT_ONCE)
     outcomes: dict[str, Outcome] = {}
     hopeless: list[errors.CbtfsError] = []
