@@ -109,14 +109,27 @@ class Web:
         return await self._sent(client, host, request, what=path)
 
     async def peek(
-        self, host: str, context: ssl.SSLContext, wanted: Beginning, *, session: str
+        self,
+        host: str,
+        context: ssl.SSLContext,
+        wanted: Beginning,
+        *,
+        session: str,
+        asked: Callable[[], None],
     ) -> None:
         """Ask one of xapi's handlers, and hang up once there is enough of its answer.
+
+        ``asked`` is called as soon as the host may have received the request.
 
         Raises:
             Moved: another host is to be asked.
             PoolError: the answer ended before there was enough, or as ``post``.
         """
+
+        async def trace(event: str, _: object) -> None:
+            if event == "http11.send_request_headers.started":
+                asked()
+
         client = self._client(host, context)
         request = client.build_request(
             "GET",
@@ -124,6 +137,7 @@ class Web:
             params=dict(wanted.query),
             headers={"Cookie": f"session_id={session}"},
             timeout=wanted.silence,
+            extensions={"trace": trace},
         )
         try:
             response = await client.send(request, stream=True)

@@ -29,10 +29,12 @@ from .xapi import Session
 
 logger = logging.getLogger(__name__)
 
-_IN_USE_PAUSES = (1, 2, 3, 4, 5, 7, 10, 13, 16, 14, 15)
+IN_USE_PAUSES = (1, 2, 3, 4, 5, 7, 10, 13, 14, 15, 16)
 """Seconds between the attempts at a disk that is in use: a minute and a half. Dom0 lets go of it
 within seconds, but not while the storage is busy; Xen Orchestra waits for 50 s."""
-_IN_USE_TOLD = 10.0
+IN_USE_TOLD = 10.0
+"""Seconds after which the waiting is told of."""
+
 _NAMING_LIMIT = 30.0
 
 _UNKNOWN = {
@@ -345,7 +347,7 @@ class Pool:
         """Call ``method``, again while xapi says that the VDI ``busy`` is in use."""
         begun = trio.current_time()
         told = False
-        for attempt, pause in enumerate((*_IN_USE_PAUSES, None)):
+        for attempt, pause in enumerate((*IN_USE_PAUSES, None)):
             if attempt > 1 and not self._exports.is_open(busy):
                 await self._detach_from_dom0(busy)
             try:
@@ -357,7 +359,7 @@ class Pool:
                 if exc.code != "VDI_IN_USE" or pause is None:
                     raise
             waited = trio.current_time() - begun
-            if waited >= _IN_USE_TOLD and not told:
+            if waited >= IN_USE_TOLD and not told:
                 told = True
                 logger.warning(
                     "%s waits: the pool has called the disk in use for %.0f seconds; it is tried "

@@ -73,6 +73,17 @@ class _Host(msgspec.Struct, frozen=True):
     address: str = ""
 
 
+@dataclass(slots=True)
+class _Errand:
+    """What a handler is asked; ``begun`` tells whether one may be at work for its task."""
+
+    wanted: Beginning
+    begun: bool = False
+
+    def begin(self) -> None:
+        self.begun = True
+
+
 class Session:
     """A logged-in session that survives expiry and a change of master.
 
@@ -210,8 +221,9 @@ class Session:
 
         async def attempt() -> None:  # with a task of its own: a bad session fails the task, too
             task = await tasks.create(self, label, what=wanted.path)
+            errand = _Errand(replace(wanted, query={**wanted.query, "task_id": task.ref}))
             try:
-                await self._follow(wanted, task)
+                await self._run(errand)
             except errors.PoolError as exc:
                 if type(exc) is not errors.PoolError:
                     raise
@@ -221,20 +233,21 @@ class Session:
                 with trio.move_on_after(_UNDO):
                     await task.end()
             finally:
-                await task.abandon()
+                await (task.abandon() if errand.begun else task.destroy())
 
         await self._surviving(attempt, wanted.path)
 
-    async def _follow(self, wanted: Beginning, task: Task) -> None:
-        wanted = replace(wanted, query={**wanted.query, "task_id": task.ref})
+    async def _run(self, errand: _Errand) -> None:
         host = self._master
         for _ in range(_HOPS):
             try:
                 context = await self._peers.context(host)
-                await self._web.peek(host, context, wanted, session=self._ref)
+                await self._web.peek(
+                    host, context, errand.wanted, session=self._ref, asked=errand.begin
+                )
                 return
             except handlers.Moved as moved:
-                host = moved.host
+                host, errand.begun = moved.host, False
             except (NoAnswer, OSError) as exc:
                 if host == self._master:
                     raise

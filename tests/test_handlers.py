@@ -1,7 +1,7 @@
 """JSON-RPC and xapi's handlers over HTTP: what each answer means."""
 
 import gzip
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -9,12 +9,13 @@ import pytest
 import trio
 
 from cbtfs import errors, handlers, tls
-from cbtfs.handlers import Web
+from cbtfs.handlers import Beginning, Moved, Web
 from cbtfs.wire import NoAnswer
 
 from .hosts import Certificate, Xapi, certificate, http, serving
 
 HOST = "127.0.0.1"
+REF = "OpaqueRef:36dd30a9-4eae-4f37-9df9-a3ad1a7dcd2a"
 
 
 @pytest.fixture
@@ -26,6 +27,7 @@ class Client:
     """A ``Web`` to one host."""
 
     def __init__(self, web: Web, trusted: Certificate) -> None:
+        self.asked: list[str] = []
         self._web = web
         self._context = tls.pin(trusted.pem)
 
@@ -36,6 +38,12 @@ class Client:
         query = {"uuid": "some uuid"}
         return await self._web.get(
             HOST, self._context, "/export_metadata", query=query, session="OpaqueRef:secret"
+        )
+
+    async def peek(self, take: Callable[[bytes], bool], *, silence: float = 5) -> None:
+        wanted = Beginning("/export_raw_vdi", {"vdi": REF, "task_id": REF}, take, silence)
+        await self._web.peek(
+            HOST, self._context, wanted, session=REF, asked=lambda: self.asked.append("asked")
         )
 
 
@@ -172,3 +180,118 @@ async def test_calls_may_overlap(own: Certificate) -> None:
             nursery.start_soon(client.post)
 
     assert len(xapi.bodies) == 5
+
+
+# ── the beginning of an answer ───────────────────────────────────────────────────────────────────
+
+
+def moved(location: str) -> bytes:
+    """Return a redirect."""
+    head = f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n"
+    return head.encode()
+
+
+async def test_no_more_is_taken_than_is_wanted(own: Certificate) -> None:
+    taken: list[bytes] = []
+
+    def take(part: bytes) -> bool:
+        taken.append(part)
+        return True
+
+    async with client_of(Xapi(own, http(bytes(8 << 20)))) as client:
+        await client.peek(take)
+
+    assert len(taken) == 1
+    assert len(taken[0]) < 1 << 20
+
+
+async def test_an_error_of_whoever_takes_ends_it(own: Certificate) -> None:
+    def take(part: bytes) -> bool:
+        raise errors.AllocationUnknown("enough")
+
+    async with client_of(Xapi(own, http(bytes(8 << 20)))) as client:
+        with pytest.raises(errors.AllocationUnknown, match="enough"):
+            await client.peek(take)
+
+
+async def test_an_end_before_there_is_enough_is_an_error(own: Certificate) -> None:
+    async with client_of(Xapi(own, http(b"too short"))) as client:
+        with pytest.raises(errors.PoolError, match="too early"):
+            await client.peek(lambda part: False)
+
+
+async def test_the_request_for_a_beginning_is_short(own: Certificate) -> None:
+    xapi = Xapi(own, http(b"x"))
+
+    async with client_of(xapi) as client:
+        await client.peek(lambda part: True)
+
+    (head,) = xapi.heads
+    assert REF.encode() not in head.split(b"\r\n")[0]  # a session in a URL gets into logs
+    assert f"session_id={REF}".encode() in head
+    assert len(head) < 512
+
+
+@pytest.mark.parametrize(
+    ("location", "host"),
+    [
+        ("https://127.0.0.3/export_raw_vdi?vdi=x", "127.0.0.3"),
+        ("https://127.0.0.3:8443/else", "127.0.0.3"),
+        ("https://[fd00::1]/", "fd00::1"),
+        ("https://xcp2.test", "xcp2.test"),
+    ],
+)
+async def test_of_a_redirect_only_the_host_is_taken(
+    own: Certificate, location: str, host: str
+) -> None:
+    async with client_of(Xapi(own, moved(location))) as client:
+        with pytest.raises(Moved) as caught:
+            await client.peek(lambda part: True)
+
+    assert caught.value.host == host
+
+
+@pytest.mark.parametrize(
+    "location", ["", "/", "http://127.0.0.3/", "https://", "https://[::1", "file:///etc/passwd"]
+)
+async def test_a_redirect_to_nowhere_is_an_error(own: Certificate, location: str) -> None:
+    async with client_of(Xapi(own, moved(location))) as client:
+        with pytest.raises((errors.PoolError, NoAnswer), match=r"nowhere|Invalid URL"):
+            await client.peek(lambda part: True)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("401 Unauthorized", errors.XapiFailure),
+        ("403 Forbidden", errors.PoolError),
+        ("404 Not Found", errors.PoolError),
+        ("500 Internal Error", errors.PoolError),
+        ("206 Partial Content", errors.PoolError),
+    ],
+)
+async def test_another_status_is_no_beginning(
+    own: Certificate, status: str, expected: type[Exception]
+) -> None:
+    taken: list[bytes] = []
+    async with client_of(Xapi(own, http(b"<html>", status))) as client:
+        with pytest.raises(expected):
+            await client.peek(lambda part: bool(taken.append(part)))
+
+    assert taken == []
+
+
+async def test_a_host_is_asked_only_once_it_has_proved_itself(own: Certificate) -> None:
+    xapi = Xapi(certificate("xcp1.test", HOST, serial=2), http(b"{}"))
+
+    async with client_of(xapi, trusted=own) as client:
+        with pytest.raises(errors.AuthenticationFailed):
+            await client.peek(lambda part: True)
+        assert client.asked == []
+
+
+async def test_a_host_that_was_asked_is_not_waited_for_for_ever(own: Certificate) -> None:
+    async with client_of(Xapi(own, b"silence")) as client:
+        with pytest.raises(NoAnswer, match="silent"):
+            await client.peek(lambda part: True, silence=0.2)
+        assert client.asked == ["asked"]

@@ -22,7 +22,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPool]:
 
 @pytest.fixture
 def simulated(started: RunningPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningPool]:
-    monkeypatch.setattr(pools, "_IN_USE_PAUSES", (0.01,) * 9)
+    monkeypatch.setattr(pools, "IN_USE_PAUSES", (0.01,) * 9)
     with in_good_order(started) as pool:
         pool.set("vdi.data_destroy_wait", "20ms")
         yield pool
@@ -281,7 +281,7 @@ async def test_a_device_that_a_read_of_ours_left_behind_is_detached(
 async def test_a_disk_in_use_here_is_not_torn_away(
     simulated: RunningPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pools, "_IN_USE_PAUSES", (0.01,) * 3)
+    monkeypatch.setattr(pools, "IN_USE_PAUSES", (0.01,) * 3)
     async with opened(simulated) as pool:
         vdi = await snapshot_of(pool)
         async with pool.open_export(vdi.ref) as export:

@@ -285,7 +285,7 @@ async def test_a_disk_that_a_control_domain_still_holds_is_taken_back_too(
         raise errors.StoreFull("no space left")
 
     monkeypatch.setattr(Stage, "commit", full)
-    monkeypatch.setattr(pools, "_IN_USE_PAUSES", (0.1,) * 10)
+    monkeypatch.setattr(pools, "IN_USE_PAUSES", (0.1,) * 10)
     small.pool.set("nbd.leak", "on")
     async with opened(small.pool) as pool:
         await sync(pool, store)
