@@ -412,7 +412,7 @@ def test_interrupted_sync_ends_with_130_and_leaves_no_point(
 
 
 def interrupt_after(size: int, pool: RunningPool, store: Path, *verb: str) -> None:
-    """Interrupt a sync once it has read ``size`` bytes of a disk, and then stands still."""
+    """Interrupt a sync once it has read ``size`` bytes of a disk."""
     command = [sys.executable, "-m", "cbtfs", "--config", str(pool.config), "--store", str(store)]
     with subprocess.Popen(
         [*command, *verb, "--json-progress"], stderr=subprocess.PIPE, text=True
@@ -422,11 +422,12 @@ def interrupt_after(size: int, pool: RunningPool, store: Path, *verb: str) -> No
             event = json.loads(line)
             if event["event"] == "progress" and event["read"] >= size:
                 break
-        pool.set("nbd.delay", "60s")
+        pool.set("nbd.delay", "2s")  # it shall not end meanwhile
         process.send_signal(2)
         process.communicate()
 
 
+@pytest.mark.timeout(120)
 def test_a_sync_after_an_interrupted_one_is_foretold_to_go_on_and_does(
     cbtfs: Program, pool: RunningPool, tmp_path: Path
 ) -> None:
