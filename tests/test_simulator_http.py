@@ -404,6 +404,64 @@ def test_the_disk_is_in_use_until_after_the_answer(pool: RunningPool, api: Api) 
     assert api.call("VDI.get_VBDs", vdi) == []
 
 
+def test_the_table_of_a_vhd_lies_where_vhd_tool_puts_it(pool: RunningPool, api: Api) -> None:
+    vdi = new_vdi(api)
+    _, _, body = get(pool, f"/export_raw_vdi?vdi={vdi}&format=vhd&session_id={api.session}")
+
+    assert struct.unpack_from(">Q", body, 512 + 16) == (2048,)
+    assert body[1536:2048] == bytes(512)
+    assert body[2048:2064] == b"\xff" * 16  # 4 blocks, none of them there
+    assert len(body) == 2048 + 512 + 512
+
+
+def test_an_sr_that_does_not_know_exports_every_block(pool: RunningPool, api: Api) -> None:
+    pool.set("vhd.full", "Shared NFS")
+    vdi = new_vdi(api)
+    _, _, body = get(pool, f"/export_raw_vdi?vdi={vdi}&format=vhd&session_id={api.session}")
+
+    assert len(body) == 2048 + 512 + 4 * (512 + 2 * MiB) + 512
+
+
+def test_a_flipped_byte_is_the_only_one_that_differs(pool: RunningPool, api: Api) -> None:
+    target = f"/export_raw_vdi?vdi={api.named('VDI', 'odd size')}&session_id={api.session}"
+    whole = get(pool, target)[2]
+    pool.set("http.flip", "5M")
+    flipped = get(pool, target)[2]
+
+    assert [n for n in (5 * MiB - 1, 5 * MiB, 5 * MiB + 1) if whole[n] != flipped[n]] == [5 * MiB]
+    assert (whole[: 5 * MiB], whole[5 * MiB + 1 :]) == (flipped[: 5 * MiB], flipped[5 * MiB + 1 :])
+
+
+def test_a_stalled_export_holds_the_disk_until_the_client_hangs_up(
+    pool: RunningPool, api: Api
+) -> None:
+    pool.set("http.stall", "1M")
+    vdi = new_vdi(api)
+    connection = connect(pool)
+    connection.request("GET", f"/export_raw_vdi?vdi={vdi}&session_id={api.session}")
+    response = connection.getresponse()
+
+    assert len(response.read(MiB)) == MiB
+    assert api.call("VDI.get_VBDs", vdi) != []
+    response.close()
+    connection.close()
+
+    assert finished(api, response.headers["Task-id"])["error_info"] == [
+        "VDI_IO_ERROR", "Device I/O errors",
+    ]  # fmt: skip
+    assert api.call("VDI.get_VBDs", vdi) == []
+
+
+def test_a_host_may_be_told_to_send_everybody_elsewhere(pool: RunningPool, api: Api) -> None:
+    pool.set("http.redirect", "127.0.0.9")
+    vdi = api.named("VDI", "odd size")
+
+    status, headers, _ = get(pool, f"/export_raw_vdi?vdi={vdi}&session_id={api.session}")
+
+    assert status == 302
+    assert headers["Location"].startswith(f"https://127.0.0.9:{pool.https_port}/export_raw_vdi")
+
+
 # ── import of disks ──────────────────────────────────────────────────────────────────────
 
 
