@@ -244,9 +244,9 @@ def record(point: Folder, device: str, damage: Damage, *, now: str) -> None:
 
 
 def _read_record(point: Folder) -> Mapping[str, DiskDamage]:
-    if not point.exists(RECORD):
-        return {}
     try:
+        if not point.exists(RECORD):
+            return {}
         return msgspec.json.decode(point.read(RECORD), type=_Record).disks
     except (errors.StoreError, ValueError, RecursionError):
         return {UNREADABLE: DiskDamage(found="")}

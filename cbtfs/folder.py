@@ -174,26 +174,35 @@ class Folder:
             return sorted(os.listdir(self.fd))  # noqa: PTH208 - Path cannot list a descriptor
 
     def is_folder(self, name: str) -> bool:
-        """Tell whether ``name`` is a directory here, and no symbolic link to one."""
-        return stat.S_ISDIR(self._mode(name))
+        """Tell whether ``name`` is a directory here, and no symbolic link to one.
+
+        Raises:
+            StoreError: the disk failed, or this user may not look.
+        """
+        found = self._stat(name)
+        return found is not None and stat.S_ISDIR(found.st_mode)
 
     def exists(self, name: str) -> bool:
-        """Tell whether anything is here under ``name``, be it a dangling symbolic link."""
-        return self._mode(name) != 0
+        """Tell whether anything is here under ``name``, be it a dangling symbolic link.
+
+        Raises:
+            StoreError: the disk failed, or this user may not look.
+        """
+        return self._stat(name) is not None
 
     def size(self, name: str) -> int:
-        """Return the size in bytes of the regular file ``name``; -1 if there is none."""
-        with suppress(OSError):
-            info = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
-            if stat.S_ISREG(info.st_mode):
-                return info.st_size
-        return -1
+        """Return the size in bytes of the regular file ``name``; -1 if there is none.
 
-    def _mode(self, name: str) -> int:
-        try:
-            return os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode
-        except OSError:
-            return 0
+        Raises:
+            StoreError: the disk failed, or this user may not look.
+        """
+        found = self._stat(name)
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else -1
+
+    def _stat(self, name: str) -> os.stat_result | None:
+        with told("look at", self.path / name), suppress(FileNotFoundError):
+            return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        return None
 
     def link_target(self, name: str) -> str | None:
         """Return where the symbolic link ``name`` points; None if it is none."""

@@ -32,9 +32,18 @@ class ImageFiles:
 
 
 def flaw(files: ImageFiles, *, size: int) -> str:
-    """Return what is wrong at first sight with an image of a disk of ``size`` bytes, or ""."""
+    """Return what is wrong at first sight with an image of a disk of ``size`` bytes, or "".
+
+    Raises:
+        StoreError: this user may not look.
+    """
     for name, expected in ((files.name, size), (files.digests, digests.array_length(size))):
-        found = files.folder.size(name)
+        try:
+            found = files.folder.size(name)
+        except errors.StoreError as exc:
+            if sparse.is_unreadable(exc.__cause__):
+                return f"{name} cannot be read"
+            raise
         if found < 0:
             return f"{name} is missing"
         if found != expected:

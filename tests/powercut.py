@@ -1,5 +1,9 @@
-"""A file system of its own whose power can be cut: what was not made durable is lost."""
+"""A file system of its own whose power can be cut: what was not made durable is lost.
 
+It can also be filled, made read-only, and fail from now on.
+"""
+
+import errno
 import fcntl
 import os
 import shutil
@@ -25,6 +29,7 @@ class Machine:
         self.disk = disk
         self.path = path
         self.mounted = False
+        self.failing = False
 
     def mount(self) -> None:
         subprocess.run(["mount", "-o", "loop", self.disk, self.path], check=True)
@@ -37,13 +42,41 @@ class Machine:
 
     def cut_power(self) -> None:
         """Lose all that is not durable; every file of it must be closed before."""
+        if not self.failing:
+            self.fail()
+        self.unmount()
+        self.failing = False
+        self.mount()
+
+    def fail(self) -> None:
+        """Make all that is asked of the file system fail with EIO, until its power is cut."""
         folder = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.ioctl(folder, _SHUTDOWN, _LOSING_THE_LOG)
         finally:
             os.close(folder)
-        self.unmount()
-        self.mount()
+        self.failing = True
+
+    def fill(self) -> None:
+        """Leave no room on the file system, for root neither."""
+        step = 64 << 20
+        with (self.path / "filler").open("wb") as file:
+            while step >= 4096:
+                if not _extended(file.fileno(), step):
+                    step //= 2
+
+    def make_read_only(self) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", self.path], check=True)
+
+
+def _extended(fd: int, step: int) -> bool:
+    try:
+        os.posix_fallocate(fd, os.fstat(fd).st_size, step)
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        return False
+    return True
 
 
 @contextmanager

@@ -47,6 +47,32 @@ def test_unknown_fields_of_the_same_schema_are_ignored() -> None:
     assert catalogue.decode(altered(pinned=True)) == POINT
 
 
+OLD_DISK = {
+    "device": "xvda", "file": "xvda.raw", "vdi_uuid": "d1", "size": 1 << 44, "digests": "xvda.b3",
+    "digest_root": "", "vdi_name": "", "sr_uuid": "", "snapshot_uuid": "s1", "cbt": True,
+    "method": "incremental", "reason": "changed", "base": "20261121T020000Z",
+    "base_snapshot_uuid": "s0", "extents": 3, "bytes_changed": 1 << 20, "bytes_read": 1 << 20,
+    "bytes_written": 1 << 19, "seconds": 0.5,
+}  # fmt: skip
+"""As the first cbtfs wrote it."""
+
+
+def test_an_older_point_is_read() -> None:
+    (disk,) = catalogue.decode(altered(disks=[OLD_DISK])).disks
+
+    assert {key: getattr(disk, key) for key in OLD_DISK} == OLD_DISK
+    assert (disk.detail, disk.resumed, disk.allocated) == ("", "", -1)
+    assert (disk.blocks_sampled, disk.blocks_mismatched) == (0, 0)
+
+
+def test_an_older_cbtfs_reads_our_points() -> None:
+    """It knows these keys, with values of these types, and ignores others."""
+    new = json.loads(catalogue.encode(POINT))["disks"][0]
+
+    assert {key: type(new[key]) for key in OLD_DISK} == {k: type(v) for k, v in OLD_DISK.items()}
+    assert json.loads(catalogue.encode(POINT))["schema"] == 1
+
+
 @pytest.mark.parametrize("schema", [0, 2])
 def test_another_schema_is_refused(schema: int) -> None:
     with pytest.raises(errors.StoreError, match=f"schema {schema}"):

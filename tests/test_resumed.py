@@ -5,7 +5,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -489,6 +491,25 @@ def test_a_failed_try_for_a_lock_leaves_nothing(store: Store, root: Path) -> Non
         assert [path.name for path in (root / VM).iterdir()] == [".lock"]
 
 
+def test_the_lock_of_a_killed_process_is_free(store: Store, root: Path) -> None:
+    script = (
+        "import sys, pathlib; from cbtfs import store\n"
+        "with store.open_store(pathlib.Path(sys.argv[1])) as opened, opened.lock(sys.argv[2]):\n"
+        "    print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(root), VM]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(errors.StoreLocked, match=f"process {holder.pid} on"):
+            store.lock(VM).__enter__()
+        holder.kill()
+        holder.wait()
+
+        with store.lock(VM):
+            assert str(os.getpid()) in (root / VM / ".lock").read_text()
+
+
 def test_a_full_store_can_be_locked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """To tidy it up."""
 
@@ -583,3 +604,94 @@ def test_a_finished_disk_survives_a_power_cut(machine: Machine) -> None:
             stage.reopened_image("xvda.raw", size=SIZE).recheck()
             stage.commit(point(finished))
         check(store, FIRST, CONTENT)
+
+
+# ── A file system that is full, read-only, or fails ──────────────────────────────────────────
+
+
+@patient
+def test_a_full_store_is_told_and_can_be_tidied_up(machine: Machine) -> None:
+    root = machine.path / "store"
+    with stores.open_store(root) as store, store.lock(VM):
+        with store.stage(VM, time=FIRST) as stage:
+            image = begin(stage)
+            machine.fill()
+            with pytest.raises(errors.StoreFull, match=r"xvda\.raw: no space left.*remove"):
+                fill_up(image)
+            with pytest.raises(errors.StoreFull, match=r"xvda\.raw: no space left.*remove"):
+                image.finish()
+            with pytest.raises(errors.StoreFull, match=r"journal\.json.*: no space left.*remove"):
+                write_journals(stage)
+
+        (leftover,) = store.leftovers(VM)
+        assert leftover.journal["xvda"] == entry()
+        store.abandon(leftover)
+        assert store.leftovers(VM) == []
+
+
+def fill_up(image: Image) -> None:
+    image.merge(HALF, CONTENT[HALF:])
+    image.flush()
+
+
+def write_journals(stage: Stage) -> None:
+    """The first ones find room that is left within blocks and folders."""
+    for number in range(1000):
+        stage.journal(entry(f"xvd{number}"))
+
+
+@patient
+def test_a_read_only_store_is_read_and_nothing_else(machine: Machine) -> None:
+    root = machine.path / "store"
+    with stores.open_store(root) as store:
+        commit(store)
+        leftover = interrupt(store, SECOND)
+    machine.make_read_only()
+
+    with stores.open_store(root) as store, store.resume(leftover) as stage:
+        check(store, FIRST, CONTENT)
+        assert stage.journaled == {"xvda": entry()}
+        all_refused(
+            store.lock(VM).__enter__,
+            lambda: store.stage(VM, time="20261124T020000Z"),
+            lambda: stage.reopened_image("xvda.raw", size=SIZE),
+            lambda: stage.new_image("xvda.raw", size=SIZE),
+            lambda: stage.journal(entry()),
+            words="file system is read-only; see dmesg",
+        )
+
+
+def all_refused(*works: Callable[[], object], words: str) -> None:
+    for work in works:
+        with pytest.raises(errors.StoreError, match=words):
+            work()
+
+
+@patient
+def test_a_store_that_fails_is_told(machine: Machine) -> None:
+    """Nothing but our own errors, each with its remedy, and no listed point that is not whole."""
+    root = machine.path / "store"
+    with stores.open_store(root) as store:
+        base = commit(store)
+        with store.lock(VM), store.stage(VM, time=SECOND) as stage:
+            image = begin(stage)
+            disk = record(stage.new_image("xvdb.raw", size=SIZE).finish(), "xvdb")
+            machine.fail()
+            all_refused(
+                lambda: image.write(HALF, CONTENT[HALF:]),
+                image.flush,
+                image.finish,
+                lambda: stage.journal(entry(offset=HALF + BLOCK)),
+                lambda: stage.record(intent(SECOND)),
+                lambda: stage.reopened_image("xvda.raw", size=SIZE),
+                lambda: stage.cloned_image("xvdc.raw", base_time=FIRST, base=base, size=SIZE),
+                lambda: stage.commit(point(disk, time=SECOND)),
+                lambda: store.stage(VM, time="20261124T020000Z"),
+                words="see dmesg|cannot be read",
+            )
+    machine.cut_power()
+
+    with stores.open_store(root) as store:
+        check(store, FIRST, CONTENT)
+        assert [p.time for p in store.catalogue().vms[VM].points] == [FIRST]
+        assert store.leftovers(VM)[0].journal == {"xvda": entry()}

@@ -619,6 +619,27 @@ def test_a_directory_that_cannot_be_read_is_told(
     assert "permission denied" in store.problems[0]
 
 
+def test_what_the_disk_cannot_tell_of_is_not_missing(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.stat
+
+    def stat(path: str, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> object:
+        if path == "xvda.b3":
+            raise OSError(errno.EIO, "no")
+        return whole(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+
+    commit(store)
+    found = only(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        assert store.catalogue().vms == {}
+        assert store.unlisted[0].why == "xvda.b3 cannot be read"
+        (disk,) = store.verify(found).disks
+    assert disk.damage.problem == "xvda.b3 cannot be read"
+    assert store.damaged(VM, FIRST) == {"xvda"}
+
+
 def test_a_base_that_was_removed_is_not_used(store: Store, root: Path) -> None:
     commit(store)
     disk = only(store).point.disks[0]
