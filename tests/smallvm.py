@@ -20,10 +20,10 @@ class Small:
     api: Api
     vm: str
 
-    def add_disk(self, name: str, number: int, *, size: int = SIZE) -> str:
-        """Make a disk and plug it into ``v``; return its ref."""
-        shared = next(r for r, sr in self.api.records("SR").items() if sr["type"] == "nfs")
-        record = {"name_label": name, "SR": shared, "virtual_size": str(size), "type": "user"}
+    def add_disk(self, name: str, number: int, *, size: int = SIZE, sr: str = "") -> str:
+        """Make a disk, on the shared SR if no ref is given, and plug it in; return its ref."""
+        sr = sr or next(r for r, sr in self.api.records("SR").items() if sr["type"] == "nfs")
+        record = {"name_label": name, "SR": sr, "virtual_size": str(size), "type": "user"}
         none: dict[str, object] = {}
         rest = {"sharable": False, "read_only": False, "other_config": none}
         vdi = self.api.text("VDI.create", {**record, **rest})

@@ -475,6 +475,7 @@ def test_drop_after_cuts_in_the_middle_of_data(pool: RunningPool, api: Api, snap
 
 
 def test_close_after_ends_between_two_reads(pool: RunningPool, api: Api, snapshot: str) -> None:
+    pool.control("reset-counters")
     pool.set("nbd.close_after", "2")
     pool.set("nbd.drop_count", "1")
     with opened(pool, api, snapshot) as client:
@@ -484,6 +485,17 @@ def test_close_after_ends_between_two_reads(pool: RunningPool, api: Api, snapsho
     with opened(pool, api, snapshot) as again:  # only one connection was to be ended
         for _ in range(3):
             again.read(0, KiB)
+    counters = pool.control("counters")
+    assert isinstance(counters, dict)
+    assert counters["nbd"]["dropped"] == 1
+
+
+def test_a_delay_ends_with_the_fault(pool: RunningPool, api: Api, snapshot: str) -> None:
+    pool.set("nbd.delay", "1h")
+    with opened(pool, api, snapshot) as client:
+        client.request(nbdclient.READ, 0, KiB)
+        pool.set("nbd.delay", "")
+        assert client.reply() == 0
 
 
 def test_requests_are_answered_in_order(pool: RunningPool, api: Api, snapshot: str) -> None:

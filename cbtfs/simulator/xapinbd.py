@@ -20,6 +20,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 PIECE = 512 * 1024
 """How much xapi-nbd writes at a time, in bytes (mirage-block-unix, lib/server.ml)."""
 
+_STEP = 0.05  # seconds between two looks at a fault that makes something wait
 _LONGEST_READ = 1 << 31
 _FLAGS = nbdwire.HAS_FLAGS | nbdwire.READ_ONLY
 _HEADER = nbdwire.SIMPLE_REPLY.size
@@ -76,10 +78,11 @@ class XapiNbd:
         return self.faults.hits(key, *self.identity.names)
 
     def pause(self, key: str) -> None:
-        """Wait as long as the fault ``key`` says, or until the simulator ends."""
-        seconds = self.faults.duration(key)
-        if seconds:
-            self._stopping.wait(seconds)
+        """Wait as long as the fault ``key`` says, or until it or the simulator ends."""
+        begun = time.monotonic()
+        while (left := self.faults.duration(key) - (time.monotonic() - begun)) > 0:
+            if self._stopping.wait(min(left, _STEP)):
+                return
 
     def serve(self, connection: socket.socket) -> None:
         """Serve one connection until its end; the caller closes the socket afterwards."""
@@ -150,6 +153,11 @@ class NbdCounters:
             self._counts["turned_away"] += not admitted
             self._peak[host] = max(busy, self._peak.get(host, 0))
 
+    def dropped(self) -> None:
+        """Record that a fault ended a connection."""
+        with self._lock:
+            self._counts["dropped"] += 1
+
     def stole(self, what: str) -> None:
         """Record that somebody who is not the host received ``what`` from a client."""
         with self._lock:
@@ -171,7 +179,7 @@ class NbdCounters:
     def report(self) -> dict[str, object]:
         """Return everything counted, as JSON can carry it."""
         with self._lock:
-            counted = {key: self._counts[key] for key in ("connections", "turned_away")}
+            counted = {key: self._counts[key] for key in ("connections", "turned_away", "dropped")}
             return {**counted, "peak": dict(self._peak), "stolen": list(self._stolen)}
 
 
@@ -329,7 +337,10 @@ class _Transmission:
     def _may_drop(self) -> bool:
         """Return whether one more connection may be dropped; it counts as dropped then."""
         times = self._faults.count("nbd.drop_count")
-        return times is None or self._faults.take("nbd.drop_count", limit=times)
+        dropped = times is None or self._faults.take("nbd.drop_count", limit=times)
+        if dropped:
+            self._server.counters.dropped()
+        return dropped
 
 
 def _close(connection: socket.socket) -> None:
