@@ -177,7 +177,7 @@ def test_a_counter_tells_how_many_connections_there_were(pool: RunningPool) -> N
     counts = pool.control("counters")
     assert isinstance(counts, dict)
     assert counts["nbd"] == {
-        "connections": 2, "turned_away": 0, "peak": {"xcp1": 2}, "stolen": [],
+        "connections": 2, "turned_away": 0, "dropped": 0, "peak": {"xcp1": 2}, "stolen": [],
     }  # fmt: skip
 
 
