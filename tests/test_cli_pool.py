@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,17 @@ def test_ls_prints_no_control_character_of_a_name(cbtfs: Program) -> None:
     printed = cbtfs("ls").out
 
     assert all(line.isprintable() for line in printed.splitlines())
+
+
+def test_twins_are_told_apart_by_digits_that_can_be_typed(cbtfs: Program) -> None:
+    _, *lines = cbtfs("ls", "--vm", "twin").out.splitlines()
+    labels = [line.partition("/")[0] for line in lines]
+
+    assert len(set(labels)) == 2
+    for label in labels:
+        assert re.fullmatch("twin~[0-9a-f]{8}", label)
+        assert cbtfs("sync", "--vm", label).out.startswith("twin/xvda  full  ")
+        assert cbtfs("verify", f"{label}/latest").status == 0
 
 
 def test_ls_of_a_vm_that_is_not_there_is_status_10(cbtfs: Program) -> None:

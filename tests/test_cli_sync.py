@@ -172,7 +172,7 @@ def test_a_sample_that_did_not_match_is_told_even_to_whoever_wants_quiet(
 ) -> None:
     outcomes.show(Globals(verbosity=verbosity), [Result(done(DISK, warnings=(WRONG,)))])
 
-    assert f"cbtfs: web1: {WRONG}\n" in capsys.readouterr().err
+    assert f"cbtfs: web1/{WRONG}\n" in capsys.readouterr().err
 
 
 def test_document_says_how_each_disk_was_copied_and_what_was_found() -> None:

@@ -108,7 +108,10 @@ def _show_problems(result: Result) -> None:
     mistrusted = point is not None and any(disk.blocks_mismatched for disk in point.disks)
     tell = output.note if mistrusted else contexts.warn
     for text in point.warnings if point else ():
-        tell(f"{name}: {text}")
+        of_disk = (
+            any(text.startswith(f"{disk.device}: ") for disk in point.disks) if point else False
+        )
+        tell(f"{name}/{text}" if of_disk else f"{name}: {text}")
 
 
 def document(result: Result) -> dict[str, object]:

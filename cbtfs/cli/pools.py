@@ -1,5 +1,6 @@
 """``ls`` and ``info``: what a pool has."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Annotated
@@ -7,8 +8,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cbtfs import units
-from cbtfs.inventory import VDI, Inventory
+from cbtfs import names, units
+from cbtfs.inventory import VDI, VM, Inventory
 from cbtfs.plan import VMPlan
 from cbtfs.sync import SyncOptions, Target
 
@@ -71,18 +72,29 @@ def _rows(options: Globals, inventory: Inventory, patterns: Sequence[str]) -> li
 def _print(rows: Sequence[VMRow], *, verbose: bool) -> None:
     columns = ["DISK", "NAME", ">SIZE", ">USED", "CBT", ">SNAPS", "LAST POINT", "NEXT SYNC"]
     table = Table([*columns, "SR", "UUID"] if verbose else columns, flexible=(0, 1))
+    labels = _labels([row.vm for row in rows if row.vm is not None])
     for row in rows:
+        label = labels[row.vm.uuid] if row.vm else ""
         for disk in row.disks:
-            table.add(*_cells(row, disk, verbose=verbose))
+            table.add(*_cells(label or f"vdi-{disk.vdi.uuid}", disk, verbose=verbose))
         if row.vm is not None and not row.disks:
             blank = [""] * (len(table.columns) - 2)
-            table.add(row.vm.name, "(no disks)", *blank)
+            table.add(label, "(no disks)", *blank)
     table.print()
 
 
-def _cells(row: VMRow, disk: DiskRow, *, verbose: bool) -> list[str]:
+def _labels(vms: Sequence[VM]) -> dict[str, str]:
+    """Return what to call each VM, by uuid: its name, but twins as a sync would call them."""
+    times = Counter(vm.name for vm in vms)
+    twins = names.safe_names([(vm.uuid, vm.name) for vm in vms], reserved=())
+    return {
+        vm.uuid: (vm.name or vm.uuid) if times[vm.name] == 1 or not vm.name else twins[vm.uuid]
+        for vm in vms
+    }
+
+
+def _cells(owner: str, disk: DiskRow, *, verbose: bool) -> list[str]:
     vdi = disk.vdi
-    owner = (row.vm.name or row.vm.uuid) if row.vm else f"vdi-{vdi.uuid}"
     cells = [
         f"{owner}/{disk.device}",
         vdi.name,

@@ -81,7 +81,8 @@ def sync(  # noqa: PLR0913  # one parameter per option
         typer.Option(
             "--limit-rate",
             metavar="SIZE",
-            help="Bytes per second to read, over all disks, such as 50M; before the job's.",
+            help="Read at most so many bytes per second, over all disks, such as 50M;"
+            " a job's own limit does not count then.",
         ),
     ] = None,
     lock_wait: Annotated[
@@ -89,7 +90,7 @@ def sync(  # noqa: PLR0913  # one parameter per option
         typer.Option(
             "--lock-wait",
             metavar="DURATION",
-            help="How long to wait for another run of the same VM, such as 10m.",
+            help="Wait so long for another run of the same VM, such as 10m; else status 11.",
         ),
     ] = "0",
     dry_run: Annotated[
