@@ -31,6 +31,24 @@ def array_length(size: int) -> int:
     return -(-size // BLOCK) * LENGTH
 
 
+def entry(offset: int) -> int:
+    """Return where in the array the digest of the block at ``offset`` begins.
+
+    For the end of a disk, be it within a block, that is the end of the array.
+    """
+    return array_length(offset)
+
+
+def block(at: int) -> int:
+    """Return where in the disk the block begins whose digest is at ``at`` in the array."""
+    return at // LENGTH * BLOCK
+
+
+def part(found: bytes, start: int, stop: int) -> bytes:
+    """Return the digests of bytes ``start`` to ``stop`` of the data that ``found`` is of."""
+    return found[entry(start) : entry(stop)]
+
+
 def is_zero(block: memoryview) -> bool:
     """Tell whether ``block``, at most one block long, holds zeros only.
 

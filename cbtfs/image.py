@@ -129,15 +129,19 @@ class Image:
         ``merge`` and ``zero`` look at such an image itself, too.
 
         Raises:
-            ImageDamaged: it is missing or has another size.
+            ImageDamaged: it is missing, has another size, or has another name too (of a copy of
+                the store by hard links, perhaps), which would change with it.
             StoreError: it cannot be opened for writing.
         """
         problem = imagefiles.flaw(files, size=size)
         if problem:
             raise errors.ImageDamaged(f"{files.path} cannot be gone on with: {problem}")
-        return cls(
-            files, size=size, origin="resumed", fds=imagefiles.open_files(files, flags=os.O_RDWR)
-        )
+        fds = imagefiles.open_files(files, flags=os.O_RDWR)
+        image = cls(files, size=size, origin="resumed", fds=fds)
+        if any(os.fstat(fd).st_nlink > 1 for fd in fds):
+            image.close()
+            raise errors.ImageDamaged(f"{files.path} cannot be gone on with: it has hard links")
+        return image
 
     def __repr__(self) -> str:
         return f"<Image {self.path} {units.format_size(self.size)} {self.origin}>"
@@ -169,6 +173,7 @@ class Image:
         """
         view = self._checked(offset, data)
         found = digests.of_blocks(view)
+        self.root = ""
         with self._writing():
             return self._store(offset, view, found)
 
@@ -186,9 +191,12 @@ class Image:
         found = digests.of_blocks(view)
         known = self._known(offset, len(found))
         written = 0
+        self.root = ""
         with self._writing():
             for start, stop in digests.differences(found, known, length=len(view)):
-                written += self._store(offset + start, view[start:stop], _part(found, start, stop))
+                written += self._store(
+                    offset + start, view[start:stop], digests.part(found, start, stop)
+                )
             if self.origin == "resumed" and written < len(view):
                 written += self._mend(offset, view, found, known)
         return written
@@ -215,10 +223,15 @@ class Image:
         What is zero already costs next to nothing.
         """
         self._check_range(offset, length)
+        self.root = ""
         with self._writing():
             for start, stop in self._not_zero(Extent(offset, offset + length)):
                 sparse.punch(self._fd, start, stop - start)
-                sparse.punch(self._digest_fd, _entry(start), _entry(stop) - _entry(start))
+                sparse.punch(
+                    self._digest_fd,
+                    digests.entry(start),
+                    digests.entry(stop) - digests.entry(start),
+                )
 
     def flush(self) -> None:
         """Bring to disk what was written before the call: the image, then its digests.
@@ -284,7 +297,6 @@ class Image:
     def _writing(self) -> Generator[None]:
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
-        self.root = ""
         try:
             with told("write", self.path):
                 yield
@@ -321,23 +333,23 @@ class Image:
         if not found:
             return
         if found.count(0) == len(found):
-            sparse.punch(self._digest_fd, _entry(offset), len(found))
+            sparse.punch(self._digest_fd, digests.entry(offset), len(found))
         else:
-            sparse.write_all(self._digest_fd, memoryview(found), _entry(offset))
+            sparse.write_all(self._digest_fd, memoryview(found), digests.entry(offset))
 
     def _known(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of digests as they are, from that of the block at ``offset``."""
         path = self._files.folder.path / self._files.digests
         with told("read", path), imagefiles.readable(path):
-            return sparse.read_all(self._digest_fd, length, _entry(offset))
+            return sparse.read_all(self._digest_fd, length, digests.entry(offset))
 
     def _mend(self, offset: int, view: memoryview, found: bytes, known: bytes) -> int:
         """Write the blocks whose digests are right already, but which are not there themselves."""
         written = 0
         for start in range(0, len(view), digests.BLOCK):
             block = view[start : start + digests.BLOCK]
-            digest = _part(found, start, start + digests.BLOCK)
-            same = digest == _part(known, start, start + digests.BLOCK)
+            digest = digests.part(found, start, start + digests.BLOCK)
+            same = digest == digests.part(known, start, start + digests.BLOCK)
             if same and not self._holds(offset + start, block):
                 written += self._store(offset + start, block, digest)
         return written
@@ -354,12 +366,12 @@ class Image:
             for start, stop in sparse.data_in(self._fd, where):
                 whole = -(-stop // digests.BLOCK) * digests.BLOCK
                 yield Extent(start - start % digests.BLOCK, min(whole, where.stop))
-        entries = Extent(_entry(where.start), _entry(where.stop))
+        entries = Extent(digests.entry(where.start), digests.entry(where.stop))
         stored = sparse.data_in(self._digest_fd, entries)
         for start, stop in extents.split(stored, size=_ZERO_STEP):
             part = sparse.read_all(self._digest_fd, stop - start, start)
             if part.count(0) < len(part):
-                yield Extent(_block(start), min(_block(stop), where.stop))
+                yield Extent(digests.block(start), min(digests.block(stop), where.stop))
 
     def _take(
         self, sources: tuple[int, int], *, base_size: int, copied: Callable[[int], None] | None
@@ -397,24 +409,6 @@ class Image:
         if start < base_size:
             block = sparse.read_all(self._fd, min(digests.BLOCK, self.size - start), start)
             self._put_digests(start, digests.of_block(memoryview(block)))
-
-
-def _entry(offset: int) -> int:
-    """Return where in the array the digest of the block at ``offset`` begins.
-
-    For the end of a disk, be it within a block, that is the end of the array.
-    """
-    return digests.array_length(offset)
-
-
-def _block(entry: int) -> int:
-    """Return where the block begins whose digest is at ``entry`` in the array."""
-    return entry // digests.LENGTH * digests.BLOCK
-
-
-def _part(found: bytes, start: int, stop: int) -> bytes:
-    """Return the digests of bytes ``start`` to ``stop`` of the data that ``found`` is of."""
-    return found[_entry(start) : _entry(stop)]
 
 
 def reflink_supported(path: Path) -> bool:

@@ -331,6 +331,18 @@ def test_an_image_is_on_disk_before_its_digests(
     assert synced == [".raw", ".b3"]
 
 
+def test_the_root_lasts_until_the_next_change(files: ImageFiles) -> None:
+    with Image.create(files, size=ODD) as made:
+        root = made.finish()
+        made.flush()
+        assert made.differing(0, BASE) == 8
+        assert made.root == root
+        for change in (lambda: made.merge(0, BASE), lambda: made.zero(0, ODD)):
+            made.finish()
+            change()
+            assert made.root == ""
+
+
 def test_an_image_whose_flush_failed_is_not_finished(
     files: ImageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -502,6 +514,17 @@ def test_what_is_no_such_image_is_not_gone_on_with(
 
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("name", ["xvda.raw", "xvda.b3"])
+def test_an_image_with_another_name_is_not_gone_on_with(files: ImageFiles, name: str) -> None:
+    make(files, BASE)
+    (files.folder.path / "copy").hardlink_to(files.folder.path / name)
+
+    before = open_files()
+    with pytest.raises(errors.ImageDamaged, match="hard links"):
+        Image.reopen(files, size=ODD)
+    assert open_files() == before
 
 
 @pytest.mark.parametrize("kind", ["zeros", "torn", "unreadable"])
