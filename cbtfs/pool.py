@@ -22,6 +22,7 @@ import trio
 from . import errors, inventory, vhdexport, xapi
 from .bitmap import ChangeBitmap
 from .exports import Exports
+from .fresh import Fresh
 from .inventory import TAG_OWNER, Inventory, Owned
 from .nbd import Export, Timeouts
 from .owner import time_of_run
@@ -94,6 +95,7 @@ class Pool:
         self._exports = Exports(
             session, per_host=options.connections_per_host, timeouts=options.timeouts
         )
+        self._inventory = Fresh(self._read_inventory)
 
     def __repr__(self) -> str:
         return f"<Pool {self.name} {self._session!r}>"
@@ -101,7 +103,13 @@ class Pool:
     # ── reading ──────────────────────────────────────────────────────────────────────────────────
 
     async def inventory(self) -> Inventory:
-        """Return the pool's objects, read in a constant number of calls."""
+        """Return the pool's objects, read in a constant number of calls that begin after this one.
+
+        Who asks at the same time shares them.
+        """
+        return await self._inventory.get()
+
+    async def _read_inventory(self) -> Inventory:
         tables = await self._session.tables(inventory.CLASSES)
         return await trio.to_thread.run_sync(inventory.parse, tables)
 
