@@ -134,6 +134,7 @@ class _DiskCopy:
         self._begun = monotonic()
         self._plan = disk
         self._before = stage.journaled.get(disk.device) if disk.method == "resume" else None
+        self._distrusted = self._before is not None and self._before.distrusted
         self._allocated = -1
         self._compared = self._wrong = 0
         self._read = self._written = 0
@@ -199,8 +200,9 @@ class _DiskCopy:
 
     async def _all_of_it(self, disk: DiskPlan) -> Work:
         """Return the work of reading all that may hold data."""
+        self._allocated = -1
         work = Work(disk=disk, size=self._vdi.size)
-        if work.size < WORTH_ASKING:
+        if work.size < WORTH_ASKING or self._distrusted:
             return self._sampled(work)
         try:
             allocated = await self._pool.allocated(self._vdi.ref, size=work.size)
@@ -211,16 +213,26 @@ class _DiskCopy:
         return self._sampled(replace(work, expected=allocated))
 
     async def _distrusting(self, work: Work, why: str) -> Work:
-        """Return what to do instead of ``work``, whose list of blocks turned out wrong."""
-        if work.disk.method == "incremental":
+        """Return what to do instead of ``work``, whose list of blocks turned out wrong.
+
+        That it was is on record before anything is copied by another: what a later run goes on with
+        must not begin behind blocks that the list had left out.
+        """
+        if self._before is not None:
+            self._before = msgspec.structs.replace(self._before, offset=0)
+        disk = work.disk
+        if disk.method == "incremental":
             self._told.message(
                 f"the pool's list of changed blocks is wrong ({why}); the whole disk is compared"
             )
-            disk = replace(work.disk, method="compare", reason=Reason.CBT_MISMATCH, detail=why)
-            return await self._all_of_it(disk)
-        self._told.message(f"the pool's block allocation is wrong ({why}); all of it is read")
-        self._allocated = -1
-        return Work(disk=replace(work.disk, detail=f"{work.disk.detail}; {why}"), size=work.size)
+            disk = replace(disk, method="compare", reason=Reason.CBT_MISMATCH, detail=why)
+        else:
+            self._told.message(f"the pool's list of allocated blocks is wrong ({why}); all is read")
+            disk = replace(disk, detail=f"{disk.detail}; {why}")
+            self._distrusted = True
+        entry = self._entry(replace(work, disk=disk), 0)
+        await trio.to_thread.run_sync(self._stage.journal, entry)
+        return await self._all_of_it(disk)
 
     # ── the image ────────────────────────────────────────────────────────────────────────────────
 
@@ -370,6 +382,7 @@ class _DiskCopy:
             base=disk.base.time if disk.base else "",
             base_snapshot_uuid=disk.base.snapshot_uuid if disk.base else "",
             offset=offset,
+            distrusted=self._distrusted,
             bytes_read=self._read + (before.bytes_read if before else 0),
             bytes_written=self._written + (before.bytes_written if before else 0),
             seconds=self._seconds(),

@@ -47,6 +47,7 @@ class DiskJournal(msgspec.Struct, frozen=True, kw_only=True):
         base: time of the point it was cloned from, "" for none.
         base_snapshot_uuid: the snapshot of that point.
         offset: all that is to be copied before this byte is on disk, with its digests.
+        distrusted: whether the pool's list of allocated blocks was wrong, so that all is read.
         seconds: time that the copy took so far, over all its runs.
         finished: the disk's record once its image is finished.
     """
@@ -61,6 +62,7 @@ class DiskJournal(msgspec.Struct, frozen=True, kw_only=True):
     base: str = ""
     base_snapshot_uuid: str = ""
     offset: int = 0
+    distrusted: bool = False
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0

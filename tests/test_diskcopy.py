@@ -4,15 +4,17 @@ In the test's process, against a pool whose VM ``v`` has one disk of 32 MiB.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
-from cbtfs import owner as owners, store as stores, sync as syncs
+from cbtfs import diskcopy, owner as owners, store as stores, sync as syncs
 from cbtfs.bitmap import ChangeBitmap
 from cbtfs.catalogue import DiskPoint
 from cbtfs.extents import Extent
+from cbtfs.image import Buffer, Image
 from cbtfs.pool import Pool
 from cbtfs.progress import SilentProgress
 from cbtfs.sample import Sample
@@ -52,10 +54,16 @@ def write(small: Small, data: bytes, offset: int) -> None:
     guest.shutdown()
 
 
-async def sync(pool: Pool, store: Store, sample: Sample = NONE) -> Outcome:
+async def sync(
+    pool: Pool, store: Store, sample: Sample = NONE, *, progress: SilentProgress | None = None
+) -> Outcome:
     target = (await pool.inventory()).find_vm("v")
     (outcome,) = await syncs.run(
-        pool, store, [target], progress=SilentProgress(), options=SyncOptions(sample=sample)
+        pool,
+        store,
+        [target],
+        progress=progress or SilentProgress(),
+        options=SyncOptions(sample=sample),
     )
     assert outcome.error is None, outcome.error
     return outcome
@@ -213,3 +221,43 @@ async def test_a_base_whose_tag_was_taken_away_leads_to_a_comparison(
     assert (disk(outcome).method, disk(outcome).reason) == ("compare", "base-lost")
     assert "tagged" in disk(outcome).detail
     assert_equal(small, store, outcome)
+
+
+async def test_what_a_wrong_bitmap_left_out_is_not_left_out_when_going_on(
+    small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sample finds the lie at 20 MiB; before that, one at 1 MiB was passed and journaled."""
+    monkeypatch.setattr(diskcopy, "FLUSH_BYTES", 1)
+    async with opened(small.pool) as pool:
+        await sync(pool, store)
+        write(small, DATA[:CBT_BLOCK], MiB)
+        write(small, DATA[: 8 * CBT_BLOCK], 20 * MiB)
+
+        async def lying(_self: Pool, _base: str, _snapshot: str, *, size: int) -> ChangeBitmap:
+            return ChangeBitmap.of_extents([Extent(0, MiB)], size=size)
+
+        with trio.CancelScope() as scope:
+
+            class AtTheComparison(SilentProgress):
+                def disk_started(self, key: str, *, method: str, reason: str, total: int) -> None:
+                    if method == "compare":
+                        scope.cancel()
+
+            with monkeypatch.context() as lie:
+                lie.setattr(Pool, "changed_blocks", lying)
+                lie.setattr(Image, "differing", _passing_below(16 * MiB))
+                await sync(pool, store, ALL, progress=AtTheComparison())
+        assert scope.cancelled_caught
+        outcome = await sync(pool, store)
+
+    assert_equal(small, store, outcome)
+
+
+def _passing_below(offset: int) -> Callable[[Image, int, Buffer], int]:
+    """Return an ``Image.differing`` that overlooks what lies below ``offset``, as a sample may."""
+    genuine = Image.differing
+
+    def differing(self: Image, at: int, data: Buffer) -> int:
+        return genuine(self, at, data) if at >= offset else 0
+
+    return differing
