@@ -216,18 +216,27 @@ class Lines:
                 line.call, method, params, abandon_on_cancel=harmless, limiter=self._threads
             )
         except errors.XapiFailure:
-            self._idle.append(line)
+            self._keep(line)
             raise
         except BaseException:
             line.discard()
             raise
-        self._idle.append(line)
+        self._keep(line)
         return value
 
     def close(self) -> None:
         """Close all lines that are not in use, and each other one as its call ends."""
         while self._idle:
             self._idle.pop().discard()
+
+    def _keep(self, line: Line) -> None:
+        """Leave ``line`` for a later call, and close the oldest where there are more than needed.
+
+        Without that there would be one more with each call that has a line of its own.
+        """
+        self._idle.append(line)
+        while len(self._idle) > _THREADS:
+            self._idle.pop(0).discard()
 
     def _take(self, host: str) -> Line | None:
         for line in self._idle:

@@ -267,12 +267,14 @@ class Xapi:
         self.heads: list[bytes] = []
         self.bodies: list[bytes] = []
         self.connections = 0
+        self.open = 0
         self.silent = trio.Event()
         self._answer = answer if isinstance(answer, bytes) else _xml(answer)
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection."""
         self.connections += 1
+        self.open += 1
         secured = trio.SSLStream(stream, self.shown.server_context(), server_side=True)
         try:
             while True:
@@ -285,6 +287,8 @@ class Xapi:
                     return
         except trio.BrokenResourceError:
             return
+        finally:
+            self.open -= 1
 
     async def _take(self, stream: trio.abc.Stream) -> None:
         told = b""

@@ -182,6 +182,23 @@ async def test_only_reads_share_a_line(own: Certificate) -> None:
     assert xapi.connections == 2
 
 
+async def test_few_lines_stay_open_however_many_calls_had_one_of_their_own(
+    own: Certificate,
+) -> None:
+    xapi = Xapi(own, SUCCESS)
+
+    async def use(send: Callable[[str], Awaitable[object]]) -> None:
+        for _ in range(30):
+            await send("VM.snapshot")
+        with trio.fail_after(10):
+            while xapi.open > 8:  # noqa: ASYNC110 - until the server sees that they were closed
+                await trio.sleep(0.01)
+
+    await in_lines(xapi, use)
+
+    assert xapi.connections == 30
+
+
 async def test_calls_at_the_same_time_have_a_line_each(own: Certificate) -> None:
     xapi = Xapi(own, SUCCESS)
 
