@@ -162,8 +162,9 @@ def _superfluous(
         if vdi.uuid in disk_of:
             disk = disk_of[vdi.uuid]  # left out this time, or failed: its base is still its base
             return disk is not None and disk.ref not in renewed
-        # of no point that can be read: with its data it is what a dead run left
-        return vdi.type == "cbt_metadata"
+        # of no point that can be read: with its data it is what a dead run left, and without its
+        # disk nothing can ever be built on it
+        return vdi.type == "cbt_metadata" and vdi.snapshot_of in inventory.vdis
 
     return [
         vdi

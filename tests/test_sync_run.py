@@ -3,6 +3,7 @@
 The VM ``v`` runs with the disks ``v 0``, ``v 1``, … of 4 MiB each.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -94,6 +95,22 @@ async def test_the_base_of_a_disk_that_is_gone_goes(small: Small, store: Store) 
     gone = small.disk("v 1")
     async with opened(small.pool) as pool:
         await sync(pool, store)
+        small.detach(gone)
+        small.api.call("VDI.destroy", gone)
+
+        await sync(pool, store)
+
+    assert small.bases() == ["v 0", "v 2"]
+
+
+async def test_the_base_of_a_disk_that_is_gone_goes_even_without_its_point(
+    small: Small, store: Store
+) -> None:
+    gone = small.disk("v 1")
+    async with opened(small.pool) as pool:
+        first = (await sync(pool, store)).point
+        assert first is not None
+        shutil.rmtree(store.point_path(first.vm_uuid, first.time))
         small.detach(gone)
         small.api.call("VDI.destroy", gone)
 
