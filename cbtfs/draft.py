@@ -17,14 +17,14 @@ when several runs in a row got no further.
 
 import secrets
 from collections.abc import AsyncGenerator, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import msgspec
 import trio
 
-from . import __version__, catalogue, diskcopy, doubt, errors, snapshot as snapshots, units
+from . import __version__, catalogue, diskcopy, doubt, errors, snapshot as snapshots
 from .catalogue import DiskFailure, DiskPoint, Point, VMHistory
 from .diskcopy import CopyOptions, Told
 from .inventory import VDI, VM, Inventory
@@ -35,6 +35,7 @@ from .process import this_process
 from .progress import Progress
 from .resume import Resumption
 from .snapshot import Naming, Snapshot
+from .space import Space
 from .store import Intent, Stage, Store
 from .target import Target, key_of
 
@@ -54,6 +55,7 @@ class Run:
         label: what the target is called while it is under way.
         copying: how its disks are copied.
         disks: a place in it for each disk being copied, of this target or another.
+        space: what it and others need in the store.
     """
 
     pool: Pool
@@ -63,6 +65,7 @@ class Run:
     progress: Progress
     copying: CopyOptions
     disks: trio.CapacityLimiter
+    space: Space
 
     @property
     def key(self) -> str:
@@ -125,13 +128,10 @@ class Draft:
                 stage.record(intent)
                 # not before their names are on record again
                 await run.abandon_leftovers()
-                self._check_space(inventory, plan)
-                snapshot = await self._take(plan, naming)
-                for name in self._earlier:
-                    # a run killed within VM.snapshot: the pool finished it only before ours
-                    await run.destroy_snapshot(name)
-                point = await self._fill(plan, snapshot, stage, started=started)
-                self.problems += stage.commit(point)
+                async with self._room(inventory, plan):
+                    snapshot = await self._take(plan, naming)
+                    point = await self._fill(plan, snapshot, stage, started=started)
+                    self.problems += stage.commit(point)
         await self._retire(snapshot, point, naming.owner)
         return point
 
@@ -211,29 +211,30 @@ class Draft:
 
     # ── making ───────────────────────────────────────────────────────────────────────────────
 
-    def _check_space(self, inventory: Inventory, plan: VMPlan) -> None:
-        """Refuse early what cannot fit.
+    def _room(self, inventory: Inventory, plan: VMPlan) -> AbstractAsyncContextManager[None]:
+        """Hold the room in the store that the full copies need.
 
         Raises:
-            StoreFull: the full copies need more than is free.
+            StoreFull: it is not there.
         """
+        run = self._run
         found = [inventory.find_vdi(d.vdi_uuid) for d in plan.disks if d.method == "full"]
         needed = sum(min(vdi.used, vdi.size) for vdi in found if vdi is not None)
-        free = self._run.store.free_space()
-        if needed > free:
-            raise errors.StoreFull(
-                f"{plan.vm_name} needs about {units.format_size(needed)} and {self._run.store.path}"
-                f" has {units.format_size(free)} free; remove restore points or enlarge it"
-            )
+        text = f"{run.label}: waiting: what others need may leave too little in {run.store.path}"
+        return run.space.held(needed, name=plan.vm_name, waits=lambda: run.progress.message(text))
 
     async def _take(self, plan: VMPlan, naming: Naming) -> Snapshot:
         try:
-            return await snapshots.take(self._run.pool, plan, naming)
+            snapshot = await snapshots.take(self._run.pool, plan, naming)
         except errors.XapiFailure:
             raise  # refused, or taken: the pool has done all that it will do
         except BaseException:
             self._may_appear = True
             raise
+        for name in self._earlier:
+            # a run killed within VM.snapshot: the pool finished it only before ours
+            await self._run.destroy_snapshot(name)
+        return snapshot
 
     async def _fill(
         self, plan: VMPlan, snapshot: Snapshot, stage: Stage, *, started: datetime

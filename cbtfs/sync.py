@@ -14,6 +14,7 @@ from .plan import VMPlan
 from .pool import Pool
 from .progress import Progress
 from .rate import Rate
+from .space import Space
 from .store import Store
 from .target import SyncOptions, Target
 from .vmrun import Outcome, Shared, VMRun
@@ -65,7 +66,7 @@ async def run(
     chosen = {known.key_of(target): target for target in targets}
     labels = names.safe_names([(key, t.name) for key, t in chosen.items()], reserved=())
     rate = Rate(options.limit_rate) if options.limit_rate else None
-    shared = Shared(trio.CapacityLimiter(DISKS_AT_ONCE), labels, rate)
+    shared = Shared(trio.CapacityLimiter(DISKS_AT_ONCE), Space(store), labels, rate)
     at_once = trio.CapacityLimiter(VMS_AT_ONCE)
     outcomes: dict[str, Outcome] = {}
     hopeless: list[errors.CbtfsError] = []

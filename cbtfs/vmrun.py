@@ -25,6 +25,7 @@ from .plan import DiskPlan, VMPlan
 from .pool import Pool
 from .progress import Progress
 from .rate import Rate
+from .space import Space
 from .store import Leftover, Store
 from .target import SyncOptions, Target
 
@@ -38,11 +39,13 @@ class Shared:
 
     Attributes:
         disks: a place in it for each disk being copied; a buffer per request is what each costs.
+        space: what they need in the store.
         labels: what each target is called while it is under way, by its key, if not by its name.
         rate: of reading, for all of them together; None for no limit.
     """
 
     disks: trio.CapacityLimiter
+    space: Space
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     rate: Rate | None = None
 
@@ -88,6 +91,7 @@ class VMRun:
                 connections=options.connections_per_disk, sample=options.sample, rate=shared.rate
             ),
             disks=shared.disks,
+            space=shared.space,
         )
         self._options = options
         self._problems: list[str] = []
