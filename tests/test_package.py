@@ -145,7 +145,7 @@ def imports_of(path: Path) -> set[str]:
         ("nbd", {"nbd.py", "doctor.py"}),
         ("XenAPI", {"wire.py", "xapi.py"}),
         ("pyfuse3", {"fuse.py", "mount.py"}),
-        ("fcntl", {"image.py", "lock.py", "store.py", "stage.py", "simulator"}),
+        ("fcntl", {"lock.py", "sparse.py", "simulator"}),
         ("typer", {"cli"}),
     ],
 )
