@@ -320,8 +320,9 @@ class _DiskCopy:
                 nursery.cancel_scope.cancel()
             failure = failure or self._journal_failure
         finally:
-            self._compared += landing.compared
-            self._wrong += landing.wrong
+            if not self._wrong:  # so many, up to the first list of blocks that was wrong
+                self._compared += landing.compared
+                self._wrong = landing.wrong
             if copier.position is not None and not isinstance(failure, _NOTHING_TO_NOTE):
                 with trio.CancelScope(shield=True), suppress(errors.StoreError):
                     await self._note(copier, work, image)
