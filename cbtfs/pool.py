@@ -12,7 +12,8 @@ Rules of this file:
 import io
 import logging
 import tarfile
-from collections.abc import AsyncGenerator
+import weakref
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -96,6 +97,7 @@ class Pool:
             session, per_host=options.connections_per_host, timeouts=options.timeouts
         )
         self._inventory = Fresh(self._read_inventory)
+        self._latest: Callable[[], Inventory | None] = lambda: None  # kept by whoever needs it
 
     def __repr__(self) -> str:
         return f"<Pool {self.name} {self._session!r}>"
@@ -111,7 +113,9 @@ class Pool:
 
     async def _read_inventory(self) -> Inventory:
         tables = await self._session.tables(inventory.CLASSES)
-        return await trio.to_thread.run_sync(inventory.parse, tables)
+        found = await trio.to_thread.run_sync(_parsed, tables, self._latest())
+        self._latest = weakref.ref(found)
+        return found
 
     async def nbd_purpose(self) -> str:
         """Return ``nbd``, ``insecure_nbd``, or "" if no network of the pool serves NBD."""
@@ -403,6 +407,11 @@ class Pool:
         if vbd.currently_attached:
             await self._session.call_async("VBD.unplug", vbd_ref)
         await self._session.call_async("VBD.destroy", vbd_ref)
+
+
+def _parsed(tables: Mapping[str, bytes], earlier: Inventory | None) -> Inventory:
+    found = inventory.parse(tables)
+    return found.sharing(earlier) if earlier is not None else found
 
 
 @asynccontextmanager

@@ -12,6 +12,8 @@ from hypothesis import given, strategies as st
 from cbtfs import errors, inventory
 from cbtfs.inventory import EPOCH, VBD, VDI, VM, Host, Inventory, Network, Pool
 
+from .memory import a_disk, an_inventory
+
 Fields = Mapping[str, object]
 
 
@@ -529,3 +531,17 @@ def test_ten_thousand_disks_are_parsed_in_a_second() -> None:
 
     assert time.process_time() - start < 1
     assert len(found.vdis) == len(found.vbds) == 10_000
+
+
+# ── sharing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_has_not_changed_is_shared_with_an_earlier_inventory() -> None:
+    kept, changed = a_disk(1), a_disk(2)
+    earlier = an_inventory(kept, changed, a_disk(3))
+    now = an_inventory(a_disk(1), replace(changed, name="renamed"), a_disk(4))
+
+    shared = now.sharing(earlier)
+
+    assert shared == now
+    assert shared.vdis[kept.ref] is kept
