@@ -2,7 +2,8 @@
 
 libnbd before 1.22 verifies nothing when it is given a socket, and checks the address, not the name,
 when it connects by itself. xapi's certificates carry neither the address of an NBD network nor a
-usable name for it, so TLS is done here, on every version, and libnbd reads plain bytes::
+usable name for it, so TLS is done here and libnbd reads plain bytes. A libnbd that can do it all
+comes first (see ``anchor``), and whatever it refuses is decided here::
 
     host:10809 ══ TCP ══ STARTTLS, TLS ══ relay thread ══ socketpair ══ libnbd
                (only here is the peer's identity decided)

@@ -20,14 +20,14 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import nbd as libnbd
 import trio
 
-from . import channel, errors, tls
+from . import anchor, channel, errors, tls
 from .units import MiB
 
 logger = logging.getLogger(__name__)
@@ -134,19 +134,26 @@ class Export:
     State shared between tasks: ``_finished`` is filled by callbacks inside libnbd's calls and
     emptied by ``_settle`` right after them, with no checkpoint between. ``lost`` is "" until the
     connection is gone for good.
+
+    Args:
+        address: of the export.
+        timeouts: how long the host may be silent.
+        anchored: directory that ``anchor.anchored`` made, if libnbd is to do TLS; else "".
     """
 
-    def __init__(self, address: NbdAddress, *, timeouts: Timeouts) -> None:
+    def __init__(self, address: NbdAddress, *, timeouts: Timeouts, anchored: str = "") -> None:
         self.address = address
+        self.anchored = anchored
         self.size = 0
         self.lost = ""
         self.timeouts = timeouts
-        self._handle = _configured(address.export_name)
+        self._handle = _configured(address, anchored)
         self._finished: list[_Request] = []
         self._slots = trio.Semaphore(MAX_IN_FLIGHT)
         self._abort: Callable[[], None] = _nothing
         self._watched: socket.socket | None = None
         self._active = 0.0  # when the last byte came
+        self._greeted = trio.Event()
         self._ready = trio.Event()
         self._ended = trio.Event()
         self._driver = trio.CancelScope(shield=True)
@@ -308,16 +315,48 @@ class Export:
         self._watched = sock.dup()
         sock.setblocking(False)
         try:
-            self._handle.aio_connect_socket(sock.detach())
+            if self.anchored:
+                await self._greet_in_thread(sock)
+            else:
+                self._handle.aio_connect_socket(sock.detach())
         except libnbd.Error as exc:
             raise errors.ExportLost(f"{self.address}: {self._told(exc)}") from None
         self._lives()  # a quick server may have said all there is to say by now
+        self._greeted.set()
         await self._ready.wait()
         if self._refused:
             raise errors.ExportError(self.lost)
         if self.lost:  # all that xapi-nbd does to refuse
             raise errors.ExportLost(f"{self.address} hung up without exporting the disk")
         self.size = self._handle.get_size()
+
+    async def _greet_in_thread(self, sock: socket.socket) -> None:
+        """Greet in a thread: within a TLS handshake GnuTLS blocks for up to 40 s."""
+
+        def greet() -> libnbd.Error | None:
+            try:
+                self._handle.aio_connect_socket(sock.detach())
+                while self._handle.aio_is_connecting():
+                    self._handle.poll(-1)
+            except libnbd.Error as exc:
+                return exc  # raised in the nursery, it would be in a group
+            return None
+
+        async def hang_up() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                if not greeted:
+                    self._abort()  # which the thread notices at once
+
+        greeted = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hang_up)
+            failure = await trio.to_thread.run_sync(greet, limiter=trio.CapacityLimiter(1))
+            greeted = True
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def drive(self) -> None:
         """Move libnbd's state machine until the connection ends; survives outer cancellation.
@@ -326,6 +365,7 @@ class Export:
         """
         try:
             with self._driver:
+                await self._greeted.wait()
                 while await self._step():
                     self._settle()
         finally:
@@ -403,13 +443,23 @@ def _nothing() -> None:
     """Abort nothing: no connection yet."""
 
 
-def _configured(export_name: str) -> libnbd.NBD:
+def _configured(address: NbdAddress, directory: str) -> libnbd.NBD:
     handle = libnbd.NBD()
-    handle.set_tls(libnbd.TLS_DISABLE)  # if there is TLS, it is done before libnbd speaks
-    handle.set_export_name(export_name)
+    if directory:
+        anchor.require(handle, directory, subject=address.subject)
+    else:
+        handle.set_tls(libnbd.TLS_DISABLE)  # if there is TLS, it is done before libnbd speaks
+    handle.set_export_name(address.export_name)
     handle.set_pread_initialize(False)  # every completion is checked; saves a pass over memory
     handle.set_request_structured_replies(False)  # xapi-nbd has none; saves a round trip
     return handle
+
+
+# ── opening ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class _UndecidedError(Exception):
+    """libnbd could not get through to the host, be it for the certificate or not."""
 
 
 @asynccontextmanager
@@ -418,17 +468,38 @@ async def open_export(
 ) -> AsyncGenerator[Export]:
     """Connect to ``address`` and yield its export; on exit wait until the host closed it.
 
+    Where libnbd can verify the host, it does TLS; what it refuses is tried once more through our
+    own ``channel``, which knows more kinds of certificates and says what is wrong.
+
     Raises:
         AuthenticationFailed: the peer is not the host, or it does not do TLS; it was told nothing.
         ExportLost: nobody answers, or the host closed the connection.
         ExportError: the host speaks NBD, and refused.
     """
-    export = Export(address, timeouts=timeouts or Timeouts())
+    async with AsyncExitStack() as stack:
+        yield await _open(address, timeouts or Timeouts(), stack)
+
+
+async def _open(address: NbdAddress, limits: Timeouts, stack: AsyncExitStack) -> Export:
+    until = trio.current_time() + limits.connect
+    if address.tls and anchor.verifies(address.cert_pem, address.subject):
+        try:
+            with anchor.anchored(address.cert_pem) as directory:
+                export = Export(address, timeouts=limits, anchored=directory)
+                return await stack.enter_async_context(_connected(export, until))
+        except _UndecidedError as exc:
+            logger.debug("%s: libnbd: %s", address, exc)
+    export = Export(address, timeouts=limits)
+    return await stack.enter_async_context(_connected(export, until))
+
+
+@asynccontextmanager
+async def _connected(export: Export, until: float) -> AsyncGenerator[Export]:
     failure: Exception | None = None
     try:
         async with trio.open_nursery() as nursery:
             try:
-                await _connect(export, nursery)
+                await _connect(export, nursery, until)
                 yield export
             except Exception as exc:  # carried out of the nursery, which would put it in a group
                 failure = exc
@@ -440,24 +511,29 @@ async def open_export(
         raise failure
 
 
-async def _connect(export: Export, nursery: trio.Nursery) -> None:
-    limits, address = export.timeouts, export.address
+async def _connect(export: Export, nursery: trio.Nursery, until: float) -> None:
+    address, limit = export.address, export.timeouts.connect
     try:
-        with trio.fail_after(limits.connect):
-            sock, abort = await _opened(address, nursery)
+        with trio.fail_at(until):
+            sock, abort = await _opened(export, nursery)
             nursery.start_soon(export.drive)
             await export.connect(sock, abort=abort)
     except trio.TooSlowError as exc:
-        raise errors.ExportLost(f"{address} did not get ready within {limits.connect:g} s") from exc
+        raise errors.ExportLost(f"{address} did not get ready within {limit:g} s") from exc
     except OSError as exc:
         raise errors.ExportLost(f"{address}: {tls.explain(exc)}") from exc
+    except errors.ExportError as exc:
+        if export.anchored:
+            raise _UndecidedError(str(exc)) from exc
+        raise
 
 
 async def _opened(
-    address: NbdAddress, nursery: trio.Nursery
+    export: Export, nursery: trio.Nursery
 ) -> tuple[socket.socket, Callable[[], None]]:
     """Return a connected socket that has yet to say hello, and what drops its connection."""
-    if address.tls:
+    address = export.address
+    if address.tls and not export.anchored:
         peer = await channel.open_channel(
             address.host, address.port, cert_pem=address.cert_pem, subject=address.subject
         )
