@@ -23,11 +23,11 @@ __all__ = ["Outcome", "SyncOptions", "Target", "plan", "run"]
 
 VMS_AT_ONCE = 4
 """VMs under way at a time. 20 VMs of two disks, 20 ms a request: one at a time took 33 s, two 20 s,
-four 14.5 s, eight 12.5 s; but each has a snapshot that grows while its disks wait for their turn."""
+four 14.5 s, eight 12.5 s; but each has a snapshot, which grows while its disks wait."""
 
 DISKS_AT_ONCE = 8
-"""Disks copied at a time, over all VMs: each has up to 16 MiB of requests in flight, and all of them
-shall stay within 256 MiB."""
+"""Disks copied at a time, over all VMs: each has up to 16 MiB of requests in flight, and the whole
+process should stay below 256 MiB."""
 
 
 def plan(
