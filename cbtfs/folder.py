@@ -228,12 +228,18 @@ class Folder:
         """Rename ``old`` to ``new`` and make it last; whatever is under ``new`` is not touched.
 
         Raises:
-            StoreError: ``new`` exists already.
+            StoreError: ``new`` exists already, or may not last; then it is ``old`` again, unless
+                the disk refuses even that.
         """
         path = self._checked(new)
         with told("create", path):
             self._rename_noreplace(old, new)
-            os.fsync(self.fd)
+            try:
+                os.fsync(self.fd)
+            except OSError:
+                with suppress(OSError):
+                    self._rename_noreplace(new, old)
+                raise
 
     def _rename_noreplace(self, old: str, new: str) -> None:
         if renameat2(self.fd, os.fsencode(old), os.fsencode(new)):

@@ -106,7 +106,7 @@ class Trial:
 
     def _end_well(self, kind: Kind) -> Done:
         self.prepare(kind)
-        done = self._sync()
+        done = self.sync()
         assert done.status == 0, done.err
         self.assert_status_fits(done, self.look())
         if kind == "resume":
@@ -119,9 +119,11 @@ class Trial:
     def spoil(self, kind: Kind, mode: Mode, at: int) -> Done:
         """Let the ``at``-th change of a sync go wrong, and check everything that must hold then."""
         self.prepare(kind)
-        done = self._sync(mode=mode, at=at)
+        done = self.sync(mode=mode, at=at)
         self.assert_ended_well(done, mode)
-        self.assert_status_fits(done, self.look())
+        new = self.look()
+        if not (new and mode.endswith("-on") and _ends_commit(done, at)):
+            self.assert_status_fits(done, new)
         if done.status >= 0 and not mode.endswith("-on"):
             self.assert_tidied_up(done, at)
         if done.killed:
@@ -141,7 +143,7 @@ class Trial:
         if kind == "compare":
             self.lose_bases()
         elif kind == "resume":
-            killed = self._sync(mode="kill", at=self.rng.randrange(2, 5), match=JOURNALED)
+            killed = self.sync(mode="kill", at=self.rng.randrange(2, 5), match=JOURNALED)
             assert killed.killed, killed
             self.look()
             self.forget_tasks()
@@ -168,7 +170,8 @@ class Trial:
             guest.shutdown()
         return found
 
-    def _sync(self, *, mode: Mode = "count", at: int = 0, match: str = "") -> Done:
+    def sync(self, *, mode: Mode = "count", at: int = 0, match: str = "") -> Done:
+        """Run the command; see ``Runner.run``."""
         argv = ["--config", str(self.small.pool.config), "--store", str(self.store), "--json"]
         argv += ["sync", "--vm", "v"]
         return self.runner.run(argv, root=self.store, mode=mode, at=at, match=match)
@@ -201,7 +204,7 @@ class Trial:
             self.known[time] = {disk.device: content[disk.device] for disk in listed[time].disks}
         for time, content in self.known.items():
             self.assert_equal(time, content)
-        for partial in self.store.glob(f"{self._vm()}/.partial-*"):
+        for partial in self.store.glob(f"{self.vm()}/.partial-*"):
             self.begun.setdefault(partial.name.removeprefix(".partial-"), now)
         self.assert_links_lead_somewhere()
         return [listed[time].state for time in new]
@@ -216,7 +219,7 @@ class Trial:
 
     def assert_equal(self, time: str, content: Content) -> None:
         """Fail unless the images of a point have this content."""
-        folder = self.store / self._vm() / time
+        folder = self.store / self.vm() / time
         assert {path.stem for path in folder.glob("*.raw")} == content.keys()
         for device, expected in content.items():
             assert (folder / f"{device}.raw").read_bytes() == expected, f"{time}/{device} differs"
@@ -239,7 +242,7 @@ class Trial:
 
         If it went on with an older instant, it is the one after it that equals the guest.
         """
-        done = self._sync()
+        done = self.sync()
         assert done.status == 0, f"the next sync: {done.status}, {done.err}"
         self.assert_status_fits(done, self.look())
         self.assert_tidy()
@@ -254,7 +257,7 @@ class Trial:
         disks = sorted(self.small.disk(f"v {number}") for number in range(len(SIZES)))
         assert sorted(left.bases) == disks, left
         assert left == Leftovers(left.bases, [], [], [], []), left
-        vm = self.store / self._vm()
+        vm = self.store / self.vm()
         assert {path.name for path in vm.iterdir()} - {".link.new"} == {
             ".lock",
             "latest",
@@ -270,11 +273,11 @@ class Trial:
         if not (self.store / "cbtfs.json").exists():
             return ()
         with stores.open_store(self.store, create=False) as opened:
-            found = opened.catalogue().vms.get(self._vm())
+            found = opened.catalogue().vms.get(self.vm())
             assert opened.problems == (), opened.problems
             points = found.points if found else ()
             for point in points:
-                _verify(opened, self._vm(), point.time)
+                _verify(opened, self.vm(), point.time)
         return points
 
     def save(self, place: Path, why: Exception) -> Path:
@@ -289,7 +292,8 @@ class Trial:
 
     # ── The state between two points ─────────────────────────────────────────────────────────
 
-    def _vm(self) -> str:
+    def vm(self) -> str:
+        """Return the name of the VM's folder."""
         return self.small.api.text("VM.get_uuid", self.small.vm)
 
     def _keep_latest_only(self) -> None:
@@ -298,7 +302,7 @@ class Trial:
             self.assert_next_sync_is_right()
         self.begun.clear()
         for time in sorted(self.known)[:-1]:
-            shutil.rmtree(self.store / self._vm() / time)
+            shutil.rmtree(self.store / self.vm() / time)
             del self.known[time]
 
     def lose_bases(self) -> None:
@@ -326,6 +330,15 @@ class Trial:
             for ref, record in api.records(kind).items():
                 if "cbtfs:owner" in str(record["other_config"]):
                     api.call(f"{kind}.destroy", ref)
+
+
+def _ends_commit(done: Done, at: int) -> bool:
+    """Tell whether a call is the one that makes the commit's rename last.
+
+    Where neither that nor the way back is possible, there is a point though the run failed.
+    """
+    calls = [line.split()[1] for line in done.trace[:at][-2:]]
+    return calls == ["renameat2", "fsync"]
 
 
 def _verify(opened: Store, vm: str, time: str) -> None:

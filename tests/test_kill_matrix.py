@@ -42,3 +42,18 @@ def test_whatever_goes_wrong_nothing_is_lost(trial: Trial, kind: Kind, mode: str
     assert not result.failures, "\n".join(result.failures)
     assert result.tried
     evidence.rmdir()
+
+
+def test_a_point_that_may_not_last_is_none(trial: Trial) -> None:
+    lasting = f"fsync {trial.store / trial.vm()}\n"
+    trace = trial.trace("incremental")
+    commit = next(at for at, line in enumerate(trace) if "renameat2" in line)
+    earlier = [line for line in trace[:commit] if f"{line}\n".endswith(lasting)]
+    trial.prepare("incremental")
+
+    done = trial.sync(mode="eio", at=len(earlier) + 1, match=lasting)
+
+    assert done.status == 1
+    assert "cannot create" in done.err
+    assert trial.look() == []
+    trial.assert_next_sync_is_right()
