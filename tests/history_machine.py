@@ -1,0 +1,170 @@
+"""The state machine: every step is something that happens to a VM, or a sync of it."""
+
+import itertools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from .history_lab import Lab
+from .history_sync import Attempt, Trouble, check_all
+from .history_world import World
+
+_which = st.integers(0, 11)
+_seed = st.integers(0, 2**32 - 1)
+_trouble = st.sampled_from(("cancel", "break off", "break off", "refuse", "kill"))
+_kind = st.sampled_from(("scattered", "blocks", "end", "zeros", "same"))
+
+
+class HistoryMachine(RuleBasedStateMachine):
+    """A history of one VM; `lab` and `kills` are set before it runs.
+
+    The choices never depend on what cbtfs did: each step has the same parameters always.
+    """
+
+    lab: ClassVar[Lab]
+    kills: ClassVar[int] = 0
+    """How many more syncs may be killed with SIGKILL; they take longest."""
+    steps: ClassVar[int] = 0
+    syncs: ClassVar[int] = 0
+    _numbers = itertools.count(1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(self.lab, f"vm{next(self._numbers)}")
+        HistoryMachine.steps -= 1  # invariants are looked at before the first step, too
+
+    @invariant()
+    def count(self) -> None:
+        """Count the step that was just made."""
+        HistoryMachine.steps += 1
+
+    def teardown(self) -> None:
+        """End the history with a sync that must succeed, and look at every point once more."""
+        failure = sys.exception()
+        try:
+            if failure is None:
+                Attempt(self.world).run()
+                check_all(self.world)
+            elif isinstance(failure, Exception):
+                # hypothesis tells nothing but that it is flaky if that does not happen again
+                traceback.print_exception(failure)
+        finally:
+            self.world.close()
+
+    # ── what happens to the VM ───────────────────────────────────────────────────────────────
+
+    @rule(which=_which, kind=_kind, seed=_seed)
+    def write(self, which: int, kind: str, seed: int) -> None:
+        self.world.write(which, kind, seed)
+
+    @rule(which=_which, kind=_kind, seed=_seed)
+    def write_more(self, which: int, kind: str, seed: int) -> None:
+        self.world.write(which, kind, seed)
+        self.world.write(which + 1, kind, seed + 1)
+
+    @rule(which=_which, more=st.integers(-300, 300))
+    def resize(self, which: int, more: int) -> None:
+        self.world.resize(which, more)
+
+    @rule(which=_which, off=st.booleans(), on=st.booleans())
+    def track(self, which: int, *, off: bool, on: bool) -> None:
+        self.world.track(which, off=off, on=on)
+
+    @rule()
+    def crash(self) -> None:
+        self.world.crash()
+
+    @rule(kind=_which)
+    def leave_be(self, kind: int) -> None:
+        self.world.leave_be(kind)
+
+    @rule(which=_which)
+    def detach(self, which: int) -> None:
+        self.world.detach(which)
+
+    @rule(which=_which, number=_which)
+    def attach(self, which: int, number: int) -> None:
+        self.world.attach(which, number)
+
+    @rule(which=_which)
+    def discard_disk(self, which: int) -> None:
+        self.world.discard_disk(which)
+
+    @rule(which=_which, to=_which)
+    def migrate(self, which: int, to: int) -> None:
+        self.world.migrate(which, to)
+
+    @rule()
+    def foreign_snapshot(self) -> None:
+        self.world.snapshot()
+
+    @rule(which=_which)
+    def foreign_snapshot_destroyed(self, which: int) -> None:
+        self.world.destroy_snapshot(which)
+
+    @rule()
+    def foreign_backup(self) -> None:
+        self.world.backup()
+
+    @rule()
+    def foreign_backup_forgotten(self) -> None:
+        self.world.forget_backup()
+
+    @rule(which=_which)
+    def revert(self, which: int) -> None:
+        self.world.revert(which)
+
+    @rule(which=_which, data_only=st.booleans())
+    def lose_our_snapshot(self, which: int, *, data_only: bool) -> None:
+        self.world.lose(which, data_only=data_only)
+
+    @rule(which=_which)
+    def remove_point(self, which: int) -> None:
+        self.world.remove_point(which)
+
+    # ── syncs ────────────────────────────────────────────────────────────────────────────────
+
+    @rule()
+    def sync(self) -> None:
+        self._sync(Attempt(self.world))
+
+    @rule(which=_which, kind=_kind, seed=_seed)
+    def write_and_sync(self, which: int, kind: str, seed: int) -> None:
+        self.world.write(which, kind, seed)
+        self._sync(Attempt(self.world))
+
+    @rule(which=_which, kind=_kind, seed=_seed)
+    def sync_while_the_guest_writes(self, which: int, kind: str, seed: int) -> None:
+        self._sync(Attempt(self.world), during=lambda: self.world.write(which, kind, seed))
+
+    @rule(full=st.booleans(), which=_which)
+    def sync_otherwise(self, *, full: bool, which: int) -> None:
+        disks = self.world.attached
+        excluded = [] if full or len(disks) < 2 else [disks[which % len(disks)]]
+        self._sync(Attempt(self.world, full=full, excluded=excluded))
+
+    @rule(kind=_trouble, at=st.integers(0, 600), full=st.booleans(), seed=_seed)
+    def sync_disturbed(self, kind: str, at: int, *, full: bool, seed: int) -> None:
+        if kind == "kill":
+            HistoryMachine.kills -= 1
+            # not before it does anything at all
+            trouble = Trouble("kill", 400 + at) if self.kills >= 0 else Trouble("cancel", at)
+        else:
+            trouble = Trouble(kind, at if kind == "cancel" else at // 4)
+        self.world.write(seed, "scattered", seed)
+        attempt = Attempt(self.world, full=full and at % 2 == 0)
+        self._sync(attempt, trouble, during=lambda: self.world.write(seed + 1, "end", seed))
+
+    def _sync(
+        self,
+        attempt: Attempt,
+        trouble: Trouble | None = None,
+        *,
+        during: Callable[[], None] | None = None,
+    ) -> None:
+        HistoryMachine.syncs += 1
+        attempt.run(trouble=trouble, during=during)
