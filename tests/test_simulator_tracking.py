@@ -279,9 +279,12 @@ def messages(small: SmallPool) -> list[tuple[str, str, str]]:
     return [(str(r["name"]), str(r["cls"]), str(r["obj_uuid"])) for r in records]
 
 
-def test_a_crash_switches_tracking_off_at_the_next_start(small: SmallPool) -> None:
+@pytest.mark.parametrize(("command", "name"), [("crash-vm", "web1"), ("crash-host", "xcp1")])
+def test_a_crash_switches_tracking_off_at_the_next_start(
+    small: SmallPool, command: str, name: str
+) -> None:
     base = small.snapshot(small.root)
-    small.pool.control("crash-vm", "web1")
+    small.pool.control(command, name)
     assert small.client.call("VDI.get_cbt_enabled", small.root) is True
 
     small.client.call("VM.start", small.web1, False, False)
@@ -332,6 +335,30 @@ def test_storage_migration_is_refused(small: SmallPool) -> None:
         with pytest.raises(Failed) as failed:
             small.client.call(method, *params)
         assert (failed.value.code, failed.value.params) == ("VDI_CBT_ENABLED", [small.idle_disk])
+
+
+def test_storage_migration_makes_a_new_untracked_disk_of_the_same_contents(
+    small: SmallPool,
+) -> None:
+    small.write(small.idle_disk, 3)
+    base = small.snapshot(small.idle_disk)
+    content = small.disk(small.idle_disk).pread(0, 16 * MiB)
+    uuid = small.uuid(small.idle_disk)
+    small.client.call("VDI.disable_cbt", small.idle_disk)
+
+    moved = small.client.text("VDI.pool_migrate", small.idle_disk, small.odd, {})
+
+    assert small.uuid(moved) != uuid
+    assert small.client.call("VDI.get_SR", moved) == small.odd
+    assert small.client.call("VDI.get_cbt_enabled", moved) is False
+    assert small.disk(moved).pread(0, 16 * MiB) == content
+    (vbd,) = small.client.texts("VM.get_VBDs", small.idle)
+    assert small.client.call("VBD.get_VDI", vbd) == moved
+    with pytest.raises(Failed, match="HANDLE_INVALID"):
+        small.client.call("VDI.get_record", small.idle_disk)
+    small.client.call("VDI.enable_cbt", moved)
+    with pytest.raises(Failed, match=r"INTERNAL_ERROR.*No_VDI"):
+        small.client.call("VDI.list_changed_blocks", base, small.snapshot(moved))
 
 
 @pytest.mark.parametrize("method", ["VDI.clone", "VDI.copy"])

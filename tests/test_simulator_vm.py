@@ -169,6 +169,18 @@ def test_revert_halts_the_vm_and_puts_the_snapshots_disks_back(small: SmallPool)
         small.client.call("VM.revert", small.web1)
 
 
+def test_revert_destroys_a_disk_that_came_after_the_snapshot(small: SmallPool) -> None:
+    taken = small.client.text("VM.snapshot", small.idle, "x")
+    later = small.builder.add_vdi(small.shared, "later", size=8 * MiB)
+    small.builder.add_vbd(small.idle, later, userdevice="1")
+
+    small.client.call("VM.revert", taken)
+
+    assert devices(small, small.idle).keys() == {"0"}
+    with pytest.raises(Failed, match="HANDLE_INVALID"):
+        small.client.call("VDI.get_record", later)
+
+
 @pytest.mark.parametrize(("method", "more"), [("VM.clone", []), ("VM.copy", [NULL])])
 def test_a_copy_of_a_vm_is_no_snapshot(small: SmallPool, method: str, more: list[Json]) -> None:
     small.write(small.idle_disk, 3)
