@@ -176,13 +176,7 @@ class World:
 
     def points(self) -> list[Point]:
         """Return the restore points, oldest first, after every one of them was verified."""
-        with stores.open_store(self.shell.store, create=False) as store:
-            histories = store.catalogue().vms.values()
-            assert not store.problems
-            for history in histories:
-                for point in history.points:
-                    assert not store.verify(Reference(history, point)).damaged, point.time
-            return [point for history in histories for point in history.points]
+        return points_of(self.shell.store)
 
     def forget_old_points(self) -> None:
         """Remove all points but the latest by hand, as a user may."""
@@ -236,8 +230,7 @@ class World:
 
     def bytes_served(self) -> int:
         """Return how many bytes of disks the hosts have sent since the counters were reset."""
-        counted = self._counters().items()
-        return sum(int(str(count)) for name, count in counted if name.startswith("read."))
+        return bytes_served(self.pool)
 
     def counter(self, name: str) -> int:
         """Return one of the pool's counters."""
@@ -255,7 +248,29 @@ class World:
         return msgspec.convert(self._counters()["nbd"], dict[str, object])
 
     def _counters(self) -> dict[str, object]:
-        return msgspec.convert(self.pool.control("counters"), dict[str, object])
+        return counters_of(self.pool)
+
+
+def points_of(directory: Path) -> list[Point]:
+    """Return the restore points of a store, oldest first, after every one of them was verified."""
+    with stores.open_store(directory, create=False) as store:
+        histories = store.catalogue().vms.values()
+        assert not store.problems
+        for history in histories:
+            for point in history.points:
+                assert not store.verify(Reference(history, point)).damaged, point.time
+        return [point for history in histories for point in history.points]
+
+
+def counters_of(pool: RunningPool) -> dict[str, object]:
+    """Return what the pool has counted since the counters were reset."""
+    return msgspec.convert(pool.control("counters"), dict[str, object])
+
+
+def bytes_served(pool: RunningPool) -> int:
+    """Return how many bytes of disks the hosts have sent since the counters were reset."""
+    counted = counters_of(pool).items()
+    return sum(int(str(count)) for name, count in counted if name.startswith("read."))
 
 
 @contextlib.contextmanager
