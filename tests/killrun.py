@@ -110,12 +110,20 @@ class Runner:
 
 
 @contextmanager
-def open_runner(directory: Path, settings: Mapping[str, int] | None = None) -> Generator[Runner]:
-    """Start a runner with files of its own in ``directory``, which it makes; end it on exit."""
+def open_runner(
+    directory: Path, settings: Mapping[str, int] | None = None, *, under: Sequence[str] = ()
+) -> Generator[Runner]:
+    """Start a runner with files of its own in ``directory``, which it makes; end it on exit.
+
+    Args:
+        directory: where they are.
+        settings: as in ``Runner.settings``.
+        under: the command that runs it, such as ``strace``.
+    """
     directory.mkdir()
     environment = os.environ | {"XDG_STATE_HOME": str(directory / "state")}
     with subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [*under, sys.executable, "-m", __name__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
