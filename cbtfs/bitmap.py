@@ -93,8 +93,13 @@ class ChangeBitmap:
     @property
     def changed_bytes(self) -> int:
         """Bytes in changed blocks, the last block counted at its true length."""
-        changed = self.changed_blocks * CBT_BLOCK
-        if self._blocks and self._bits[self._blocks - 1]:
+        return self.changed_from(0)
+
+    def changed_from(self, offset: int) -> int:
+        """Return the bytes in changed blocks from ``offset``, a multiple of 64 KiB, to the end."""
+        first = offset // CBT_BLOCK
+        changed = self._bits.count(1, first, self._blocks) * CBT_BLOCK
+        if first < self._blocks and self._bits[self._blocks - 1]:
             changed -= self._blocks * CBT_BLOCK - self.size
         return changed
 

@@ -26,9 +26,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from random import Random, SystemRandom
-from time import monotonic
 
-import msgspec
 import trio
 
 from . import errors, extents, plan as planning, units
@@ -37,8 +35,8 @@ from .catalogue import DiskPoint
 from .copier import Copier, Source
 from .image import Image
 from .inventory import VDI
-from .journal import DiskJournal
 from .landing import Landing
+from .logbook import Logbook
 from .plan import DiskPlan, Reason
 from .pool import Pool
 from .progress import Progress
@@ -46,13 +44,6 @@ from .rate import Rate
 from .sample import Sample
 from .store import Stage, file_names
 from .work import Work
-
-FLUSH_BYTES = 256 * units.MiB
-"""Bytes read between two entries in the journal, so after a crash at most about twice that are read
-again: what came since the last entry, and what came while the next one was being written."""
-
-FLUSH_SECONDS = 10.0
-"""Seconds between two entries in the journal, for slow links."""
 
 WORTH_ASKING = 16 * units.MiB
 """Size of a disk from which on the pool is asked what may hold data: to attach the disk for that
@@ -131,24 +122,20 @@ class _DiskCopy:
         self._vdi = vdi
         self._options = options
         self._told = told
-        self._begun = monotonic()
         self._plan = disk
-        self._before = stage.journaled.get(disk.device) if disk.method == "resume" else None
-        self._distrusted = self._before is not None and self._before.distrusted
+        entry = stage.journaled.get(disk.device) if disk.method == "resume" else None
+        self._log = Logbook(stage, vdi, entry)
         self._allocated = -1
         self._compared = self._wrong = 0
-        self._read = self._written = 0
-        self._unnoted = 0  # bytes read since the last entry
-        self._note_due = trio.Event()
-        self._journal_failure: errors.StoreError | None = None
 
     async def run(self) -> DiskPoint:
-        if self._before is not None and self._before.finished is not None:
-            if await self._taken_over(self._before.finished):
-                return self._before.finished
-            method = self._before.method if self._plan.base is not None else "full"
+        before = self._log.before
+        if before is not None and before.finished is not None:
+            if await self._is_as_it_was(before.finished):
+                return before.finished
+            method = before.method if self._plan.base is not None else "full"
             self._plan = replace(self._plan, method=method)
-            self._begin_anew()
+            self._log.begin_anew()
         work, image = await self._open_image(await self._decide())
         try:
             wrong = await self._copy(work, image)
@@ -159,8 +146,7 @@ class _DiskCopy:
         finally:
             image.close()
         point = self._point(work, root)
-        entry = msgspec.structs.replace(self._entry(work, work.size), finished=point)
-        await trio.to_thread.run_sync(self._stage.journal, entry)
+        await self._log.finish(work, point)
         return point
 
     # ── what to do ───────────────────────────────────────────────────────────────────────────────
@@ -168,8 +154,8 @@ class _DiskCopy:
     async def _decide(self) -> Work:
         """Return what to do, given what the pool knows of the snapshot."""
         disk, vdi = self._plan, self._vdi
-        if self._before is not None:
-            disk = replace(disk, method=self._before.method)
+        if self._log.before is not None:
+            disk = replace(disk, method=self._log.before.method)
         base = disk.base
         if base is not None and vdi.size < base.disk.size:
             detail = f"the disk shrank since {base.time}"
@@ -178,31 +164,22 @@ class _DiskCopy:
             try:
                 changes = await self._pool.changed_blocks(base.snapshot_ref, vdi.ref, size=vdi.size)
             except errors.ChangesUnknown as exc:
-                self._begin_anew()
+                self._log.begin_anew()
                 disk = planning.fall_back(disk, reason=Reason(exc.reason), detail=str(exc))
             else:
                 return self._sampled(Work(disk=disk, size=vdi.size, expected=changes))
         return await self._all_of_it(disk)
 
-    def _begin_anew(self) -> None:
-        """Forget that the disk was begun before: what was left to do is not known any more."""
-        self._before = None
-
     def _sampled(self, work: Work) -> Work:
-        """Return ``work`` with its sample, and beginning where the journal says."""
-        offset = self._before.offset if self._before is not None else 0
-        if work.expected is None:
-            return replace(work, offset=offset)
-        unchanged = -(-work.size // units.CBT_BLOCK) - work.expected.changed_blocks
-        count = self._options.sample.count(unchanged)
-        sample = work.expected.sampled(count, self._options.rng) if count else None
-        return replace(work, sample=sample, offset=offset)
+        """Return ``work`` with its sample, and beginning where the logbook says."""
+        sampled = work.sampled(self._options.sample, self._options.rng)
+        return replace(sampled, offset=self._log.offset)
 
     async def _all_of_it(self, disk: DiskPlan) -> Work:
         """Return the work of reading all that may hold data."""
         self._allocated = -1
         work = Work(disk=disk, size=self._vdi.size)
-        if work.size < WORTH_ASKING or self._distrusted:
+        if work.size < WORTH_ASKING or self._log.distrusted:
             return self._sampled(work)
         try:
             allocated = await self._pool.allocated(self._vdi.ref, size=work.size)
@@ -213,13 +190,7 @@ class _DiskCopy:
         return self._sampled(replace(work, expected=allocated))
 
     async def _distrusting(self, work: Work, why: str) -> Work:
-        """Return what to do instead of ``work``, whose list of blocks turned out wrong.
-
-        That it was is on record before anything is copied by another: what a later run goes on with
-        must not begin behind blocks that the list had left out.
-        """
-        if self._before is not None:
-            self._before = msgspec.structs.replace(self._before, offset=0)
+        """Return what to do instead of ``work``, whose list of blocks turned out wrong."""
         disk = work.disk
         if disk.method == "incremental":
             self._told.message(
@@ -229,9 +200,8 @@ class _DiskCopy:
         else:
             self._told.message(f"the pool's list of allocated blocks is wrong ({why}); all is read")
             disk = replace(disk, detail=f"{disk.detail}; {why}")
-            self._distrusted = True
-        entry = self._entry(replace(work, disk=disk), 0)
-        await trio.to_thread.run_sync(self._stage.journal, entry)
+            self._log.distrusted = True
+        await self._log.start_over(replace(work, disk=disk))
         return await self._all_of_it(disk)
 
     # ── the image ────────────────────────────────────────────────────────────────────────────────
@@ -245,11 +215,11 @@ class _DiskCopy:
             # without reflinks a clone takes long, and must not outlive a Ctrl-C
             trio.from_thread.check_cancelled()
 
-        if self._before is not None:
+        if self._log.before is not None:
             try:
                 return work, await trio.to_thread.run_sync(self._make_image, work, copied)
             except errors.ImageDamaged:
-                self._begin_anew()
+                self._log.begin_anew()
                 work = replace(work, offset=0)
         try:
             image = await trio.to_thread.run_sync(self._make_image, work, copied)
@@ -268,7 +238,7 @@ class _DiskCopy:
         """Open the image to copy into; ``copied`` hears of the bytes where a clone is a copy."""
         file, _ = file_names(work.disk.device)
         base = work.disk.base
-        if self._before is not None:
+        if self._log.before is not None:
             return self._stage.reopened_image(file, size=work.size)
         if base is None:
             return self._stage.new_image(file, size=work.size)
@@ -276,7 +246,7 @@ class _DiskCopy:
             file, base_time=base.time, base=base.disk, size=work.size, copied=copied
         )
 
-    async def _taken_over(self, point: DiskPoint) -> bool:
+    async def _is_as_it_was(self, point: DiskPoint) -> bool:
         """Tell whether the image that an interrupted run had finished is still as it was."""
         file, _ = file_names(point.device)
         try:
@@ -297,7 +267,7 @@ class _DiskCopy:
             self._told.key,
             method=self._method(work),
             reason=work.disk.reason,
-            total=extents.total(work.wanted()),
+            total=work.remaining,
         )
         if work.disk.method == "compare" and work.expected is not None:
             await trio.to_thread.run_sync(_clear_rest, image, work.expected)
@@ -312,87 +282,36 @@ class _DiskCopy:
         failure: errors.CbtfsError | None = None
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._keep_journal, copier, work, image, nursery.cancel_scope)
+                nursery.start_soon(self._log.keep, copier, work, image, nursery.cancel_scope)
                 try:
                     await copier.copy(work.wanted())
                 except errors.CbtfsError as exc:
                     failure = exc
                 nursery.cancel_scope.cancel()
-            failure = failure or self._journal_failure
+            failure = failure or self._log.failure
         finally:
             if not self._wrong:  # so many, up to the first list of blocks that was wrong
                 self._compared += landing.compared
                 self._wrong = landing.wrong
             if copier.position is not None and not isinstance(failure, _NOTHING_TO_NOTE):
                 with trio.CancelScope(shield=True), suppress(errors.StoreError):
-                    await self._note(copier, work, image)
+                    await self._log.note(copier, work, image)
         if failure is None or isinstance(failure, errors.BitmapWrong):
             return failure
         raise failure
 
     def _advanced(self, read: int, written: int) -> None:
-        self._read += read
-        self._written += written
-        self._unnoted += read
-        if self._unnoted >= FLUSH_BYTES:
-            self._note_due.set()
+        self._log.advanced(read, written)
         self._told.advanced(read, written)
 
     def _method(self, work: Work) -> str:
-        return "resume" if self._before is not None else work.disk.method
-
-    # ── the journal ──────────────────────────────────────────────────────────────────────────────
-
-    async def _keep_journal(
-        self, copier: Copier, work: Work, image: Image, everything: trio.CancelScope
-    ) -> None:
-        """Write entries until cancelled; if one cannot be written, end everything."""
-        try:
-            while True:
-                with trio.move_on_after(FLUSH_SECONDS):
-                    await self._note_due.wait()
-                self._note_due, self._unnoted = trio.Event(), 0
-                await self._note(copier, work, image)
-        except errors.StoreError as exc:
-            self._journal_failure = exc
-            everything.cancel()
-
-    async def _note(self, copier: Copier, work: Work, image: Image) -> None:
-        """Bring to disk what was copied so far, and write down how far that is."""
-        position = copier.position
-        entry = self._entry(work, work.size if position is None else position)
-        if not copier.tally.read or entry.offset <= work.offset:
-            return
-
-        def keep() -> None:
-            image.flush()
-            self._stage.journal(entry)
-
-        await trio.to_thread.run_sync(keep)
-
-    def _entry(self, work: Work, offset: int) -> DiskJournal:
-        disk, before = work.disk, self._before
-        return DiskJournal(
-            device=disk.device,
-            vdi_uuid=disk.vdi_uuid,
-            snapshot_uuid=self._vdi.uuid,
-            size=work.size,
-            method=disk.method,
-            reason=disk.reason,
-            detail=disk.detail,
-            base=disk.base.time if disk.base else "",
-            base_snapshot_uuid=disk.base.snapshot_uuid if disk.base else "",
-            offset=offset,
-            distrusted=self._distrusted,
-            bytes_read=self._read + (before.bytes_read if before else 0),
-            bytes_written=self._written + (before.bytes_written if before else 0),
-            seconds=self._seconds(),
-        )
+        return "resume" if self._log.before is not None else work.disk.method
 
     # ── records ──────────────────────────────────────────────────────────────────────────────────
 
     def _point(self, work: Work, root: str) -> DiskPoint:
-        disk, vdi, before = work.disk, self._vdi, self._before
+        disk, vdi = work.disk, self._vdi
+        read, written, seconds = self._log.totals
         file, digests = file_names(disk.device)
         return DiskPoint(
             device=disk.device,
@@ -406,7 +325,7 @@ class _DiskCopy:
             snapshot_uuid=vdi.uuid,
             cbt=vdi.cbt_enabled,
             method=self._method(work),
-            resumed=disk.method if before is not None else "",
+            resumed=disk.method if self._log.before is not None else "",
             reason=disk.reason,
             detail=disk.detail,
             base=disk.base.time if disk.base else "",
@@ -416,15 +335,10 @@ class _DiskCopy:
             blocks_sampled=self._compared,
             blocks_mismatched=self._wrong,
             allocated=self._allocated,
-            bytes_read=self._read + (before.bytes_read if before else 0),
-            bytes_written=self._written + (before.bytes_written if before else 0),
-            seconds=self._seconds(),
+            bytes_read=read,
+            bytes_written=written,
+            seconds=seconds,
         )
-
-    def _seconds(self) -> float:
-        """Return the seconds spent on this disk, those of an interrupted run too."""
-        before = self._before.seconds if self._before is not None else 0.0
-        return round(monotonic() - self._begun + before, 3)
 
 
 _NOTHING_TO_NOTE = errors.StoreError, errors.BitmapWrong

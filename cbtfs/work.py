@@ -50,6 +50,14 @@ class Work:
         """Bytes to bring over, wherever it begins."""
         return self.size if self.expected is None else self.expected.changed_bytes
 
+    @property
+    def remaining(self) -> int:
+        """Bytes to read, but for small gaps."""
+        if self.expected is None:
+            return self.size - self.offset
+        sampled = self.sample.changed_from(self.offset) if self.sample is not None else 0
+        return self.expected.changed_from(self.offset) + sampled
+
     def wanted(self) -> Iterator[Extent]:
         """Yield what to read, in order."""
         if self.expected is None:

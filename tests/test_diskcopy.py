@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from cbtfs import diskcopy, owner as owners, store as stores, sync as syncs
+from cbtfs import logbook, owner as owners, store as stores, sync as syncs
 from cbtfs.bitmap import ChangeBitmap
 from cbtfs.catalogue import DiskPoint
 from cbtfs.extents import Extent
@@ -227,7 +227,7 @@ async def test_what_a_wrong_bitmap_left_out_is_not_left_out_when_going_on(
     small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sample finds the lie at 20 MiB; before that, one at 1 MiB was passed and journaled."""
-    monkeypatch.setattr(diskcopy, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(logbook, "FLUSH_BYTES", 1)
     async with opened(small.pool) as pool:
         await sync(pool, store)
         write(small, DATA[:CBT_BLOCK], MiB)

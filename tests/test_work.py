@@ -1,5 +1,6 @@
 """Work: what is read of a disk, and where that begins."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -77,6 +78,15 @@ def test_what_is_done_already_is_not_read_again(offset: int, wanted: list[Extent
     work = Work(disk=DISK, size=4 * MiB, expected=bitmap(1, 2, 9), offset=offset)
 
     assert list(work.wanted()) == wanted
+
+
+def test_what_remains_is_told_without_walking_through_it() -> None:
+    work = Work(disk=DISK, size=4 * MiB, expected=bitmap(1, 2, 9), sample=bitmap(0, 40))
+
+    assert work.remaining == 5 * CBT_BLOCK
+    assert replace(work, offset=2 * CBT_BLOCK).remaining == 3 * CBT_BLOCK
+    assert replace(work, offset=4 * MiB).remaining == 0
+    assert Work(disk=DISK, size=4 * MiB, offset=MiB).remaining == 3 * MiB
 
 
 def test_a_sample_is_drawn_of_what_is_not_expected() -> None:
