@@ -1,13 +1,12 @@
 """Run by test_store: makes restore points and is killed at every change of a file in turn.
 
-``killed_commit.py STORE before|after`` forks a child for N = 1, 2, …, which makes one point and
-gets SIGKILL at its N-th change: before it, or after it (after half of it, if it writes). Then the
-store must be whole. When a child gets through alive, it all happens once more with the store that
+``tests.killed_commit STORE before|half`` forks a child for N = 1, 2, …, which makes one point and
+gets SIGKILL at its N-th change: before it, or when it has written half of it. Then the store must
+be whole. When a child gets through alive, it all happens once more with the store that
 there is now and a new name for the VM each time, and again with children that clear leftovers away.
 Prints how many were killed.
 """
 
-import fcntl
 import os
 import random
 import shutil
@@ -16,63 +15,19 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
-from cbtfs import catalogue, folder, store
+from cbtfs import catalogue, store
 from cbtfs.catalogue import DiskPoint, Point
 from cbtfs.store import Intent, Store
+
+from .killpoints import Mode, Points
 
 VM = "0f4f1b2e-0000-4000-8000-000000000001"
 BLOCK = 64 << 10
 SIZE = 4 * BLOCK + 512
 START = datetime(2026, 11, 22, 2, tzinfo=UTC)
 KEPT = 3
-CALLS = (
-    "open", "mkdir", "write", "pwrite", "ftruncate", "fsync", "rename", "unlink", "rmdir",
-    "symlink", "copy_file_range",
-)  # fmt: skip
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class Killer:
-    """Counts changes, and kills at the ``limit``-th."""
-
-    def __init__(self, limit: int, mode: str) -> None:
-        self.count = 0
-        self.limit = limit
-        self.mode = mode
-
-    def install(self) -> None:
-        for name in CALLS:
-            setattr(os, name, self.wrap(getattr(os, name), name))
-        for module, name in ((fcntl, "ioctl"), (fcntl, "flock"), (folder, "renameat2")):
-            setattr(module, name, self.wrap(getattr(module, name), name))
-
-    def wrap(self, call: Callable[P, R], name: str) -> Callable[P, R]:
-        def counted(*args: P.args, **kwargs: P.kwargs) -> R:
-            if name == "open" and not int(str(args[1])) & os.O_CREAT:
-                return call(*args, **kwargs)
-            self.count += 1
-            if self.count < self.limit:
-                return call(*args, **kwargs)
-            if self.mode == "after" and name in {"write", "pwrite"}:
-                half(*args)
-            elif self.mode == "after":
-                call(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
-            raise AssertionError
-
-        def half(fd: object, data: object, offset: object = None) -> None:
-            assert isinstance(fd, int)
-            assert isinstance(data, bytes | memoryview)
-            if isinstance(offset, int):
-                os.lseek(fd, offset, os.SEEK_SET)
-            with os.fdopen(fd, "wb", buffering=0, closefd=False) as file:
-                file.write(data[: len(data) // 2])
-
-        return counted
+MODES: dict[str, Mode] = {"before": "kill", "half": "half"}
 
 
 def change(content: bytes, number: int) -> bytes:
@@ -171,7 +126,7 @@ class Trial:
         """Tell whether a child to be killed at change ``number`` got through ``work`` before."""
         child = os.fork()
         if child == 0:
-            Killer(number, self.mode).install()
+            Points(self.path, mode=MODES[self.mode], at=number).install()
             with store.open_store(self.path) as opened:
                 work(opened)
             os._exit(0)
