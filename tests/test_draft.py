@@ -5,15 +5,16 @@ come over in six requests each.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import trio
 
-from cbtfs import draft, errors, store as stores, sync as syncs, units
+from cbtfs import draft, errors, journal as journals, logbook, store as stores, sync as syncs, units
 from cbtfs.catalogue import DiskPoint
 from cbtfs.image import Buffer, Image
+from cbtfs.journal import DiskJournal
 from cbtfs.pool import Pool
 from cbtfs.progress import SilentProgress
 from cbtfs.sample import Sample
@@ -36,6 +37,11 @@ def small(tmp_path: Path) -> Iterator[Small]:
         for seed, device in enumerate(DEVICES):
             write(made, device, random.Random(seed).randbytes(SIZE))
         yield made
+
+
+@pytest.fixture(autouse=True)
+def _noted_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logbook, "FLUSH_BYTES", 1)
 
 
 @pytest.fixture
@@ -101,8 +107,23 @@ async def interrupted(
     assert scope.cancelled_caught
 
 
-def after_half(read: int, _finished: int) -> bool:
-    return read >= SIZE
+def begun(small: Small, store: Store) -> Callable[[int, int], bool]:
+    """Return what tells that a part of a disk is on record; until then the pool is slow."""
+    small.pool.set("nbd.delay", "100ms")
+
+    def is_begun(_read: int, _finished: int) -> bool:
+        entries = [e for path in partials(store) for e in journal(path).values()]
+        found = any(entry.offset and entry.finished is None for entry in entries)
+        if found:
+            small.pool.set("nbd.delay", "")
+        return found
+
+    return is_begun
+
+
+def journal(partial: Path) -> Mapping[str, DiskJournal]:
+    file = partial / "journal.json"
+    return journals.decode(file.read_bytes()) if file.exists() else {}
 
 
 def disks(outcome: Outcome) -> dict[str, DiskPoint]:
@@ -129,15 +150,15 @@ def assert_whole(small: Small, store: Store, outcome: Outcome) -> None:
 
 async def test_what_a_cancelled_run_copied_is_not_read_again(small: Small, store: Store) -> None:
     async with opened(small.pool) as pool:
-        await interrupted(pool, store, after_half)
+        await interrupted(pool, store, begun(small, store))
         ((partial,), before) = partials(store), small.snapshots()
 
         outcome = await sync(pool, store)
 
     assert len(before) == 3
     found = disks(outcome)
-    assert {disk.method for disk in found.values()} == {"resume"}
-    assert {disk.resumed for disk in found.values()} == {"full"}
+    resumed = [disk for disk in found.values() if disk.method == "resume"]
+    assert {disk.resumed for disk in resumed} == {"full"}
     assert sum(disk.bytes_read for disk in found.values()) <= 2 * SIZE + 4 * REQUEST
     assert outcome.point is not None
     assert partial.name == f".partial-{outcome.point.time}"
@@ -148,7 +169,7 @@ async def test_the_point_shows_the_instant_of_the_first_snapshot(
     small: Small, store: Store
 ) -> None:
     async with opened(small.pool) as pool:
-        await interrupted(pool, store, after_half)
+        await interrupted(pool, store, begun(small, store))
         then = {device: content(small, device) for device in DEVICES}
         write(small, "xvda", bytes(SIZE))
         outcome = await sync(pool, store)
@@ -167,11 +188,11 @@ async def test_an_increment_goes_on_too(small: Small, store: Store) -> None:
         await sync(pool, store)
         for device in DEVICES:
             write(small, device, random.Random(9).randbytes(SIZE))
-        await interrupted(pool, store, after_half)
+        await interrupted(pool, store, begun(small, store))
 
         outcome = await sync(pool, store)
 
-    assert {disk.resumed for disk in disks(outcome).values()} == {"incremental"}
+    assert "incremental" in {disk.resumed for disk in disks(outcome).values()}
     assert_whole(small, store, outcome)
 
 
@@ -204,7 +225,7 @@ async def test_a_finished_disk_that_was_tampered_with_is_copied_again(
 
 async def test_a_half_made_image_that_is_gone_is_begun_anew(small: Small, store: Store) -> None:
     async with opened(small.pool) as pool:
-        await interrupted(pool, store, after_half)
+        await interrupted(pool, store, begun(small, store))
         (partial,) = partials(store)
         (partial / "xvda.raw").unlink()
 
@@ -216,7 +237,7 @@ async def test_a_half_made_image_that_is_gone_is_begun_anew(small: Small, store:
 
 async def test_a_full_copy_that_is_asked_for_begins_anew(small: Small, store: Store) -> None:
     async with opened(small.pool) as pool:
-        await interrupted(pool, store, after_half)
+        await interrupted(pool, store, begun(small, store))
 
         outcome = await sync(pool, store, full=True)
 
@@ -226,7 +247,7 @@ async def test_a_full_copy_that_is_asked_for_begins_anew(small: Small, store: St
 
 async def test_without_the_snapshot_it_begins_anew(small: Small, store: Store) -> None:
     async with opened(small.pool) as pool:
-        await interrupted(pool, store, after_half)
+        await interrupted(pool, store, begun(small, store))
         for ref, vm in small.api.records("VM").items():
             if vm["is_a_snapshot"]:
                 small.api.call("VM.destroy", ref)
@@ -247,14 +268,14 @@ async def test_an_increment_whose_base_went_meanwhile_is_compared(
         await sync(pool, store)
         for device in DEVICES:
             write(small, device, random.Random(9).randbytes(SIZE))
-        await interrupted(pool, store, after_half)
+        await interrupted(pool, store, begun(small, store))
         for ref, vdi in small.api.records("VDI").items():
             if vdi["type"] == "cbt_metadata":
                 small.api.call("VDI.destroy", ref)
 
         outcome = await sync(pool, store)
 
-    assert {disk.method for disk in disks(outcome).values()} == {"compare"}
+    assert "compare" in {disk.method for disk in disks(outcome).values()}
     assert_whole(small, store, outcome)
 
 
@@ -275,7 +296,7 @@ async def test_before_anything_is_copied_nothing_stays(small: Small, store: Stor
 
 async def test_a_lost_host_costs_only_what_was_under_way(small: Small, store: Store) -> None:
     async with opened(small.pool) as pool:
-        watching = Watching(after_half, lambda: small.pool.set("nbd.refuse", "*"))
+        watching = Watching(begun(small, store), lambda: small.pool.set("nbd.refuse", "*"))
         small.pool.set("nbd.drop_after", "13M")
 
         failed = await sync(pool, store, progress=watching)
@@ -286,7 +307,7 @@ async def test_a_lost_host_costs_only_what_was_under_way(small: Small, store: St
 
     assert failed.error is not None
     assert any("the next sync goes on from there" in text for text in failed.problems)
-    assert {disk.method for disk in disks(outcome).values()} == {"resume"}
+    assert "resume" in {disk.method for disk in disks(outcome).values()}
     assert_whole(small, store, outcome)
 
 
