@@ -111,9 +111,10 @@ class Places:
         taken = _taken()
         best = sorted(hosts, key=lambda host: (host in last, taken[_known(host)], random.random()))
         waiting = _Waiting(best, hosts, trio.current_time())
+        # for what others wait for here, other processes may be waiting too: it is not passed on
+        self._give(waiting, {host for earlier in self._queue for host in earlier.hosts})
         self._queue.append(waiting)
         try:
-            self._serve()
             while waiting.number is None:
                 await self._wait(waiting)
         except BaseException:
@@ -140,16 +141,22 @@ class Places:
         """Give those who wait what is free."""
         full: set[str] = set()
         for waiting in self._queue:
-            for host in () if waiting.number else waiting.hosts:
-                number = None if host in full else _bound(host, self._limit)
-                if number is not None:
-                    waiting.host, waiting.number = host, number
-                    waiting.woken.set()
-                    self._held[host] += 1
-                    break
-                full.add(host)
+            self._give(waiting, full)
             if waiting.number is None:
                 self._tell(waiting)
+
+    def _give(self, waiting: _Waiting, full: set[str]) -> None:
+        """Give one who waits a place, but not on a host that is ``full``; add those that are."""
+        for host in waiting.hosts:
+            if waiting.number is not None:
+                return
+            number = _bound(host, self._limit) if host not in full else None
+            if number is None:
+                full.add(host)
+                continue
+            waiting.host, waiting.number = host, number
+            waiting.woken.set()
+            self._held[host] += 1
 
     def _tell(self, waiting: _Waiting) -> None:
         """Say what is waited for, once, if it is somebody else who could end it."""
