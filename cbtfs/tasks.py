@@ -5,6 +5,7 @@ that made a task for it. Whoever made it destroys it; xapi itself forgets it onl
 """
 
 import logging
+import re
 import xmlrpc.client
 from typing import Protocol, TypeVar, cast
 
@@ -19,6 +20,10 @@ CLEANUP = 10.0
 """Seconds that the pool gets to tidy up after a call of ours."""
 
 _POLL_FIRST, _POLL_MOST = 0.02, 2.0
+_PLAIN = re.compile(r"<value>(?:<string>([^<>&\r]*)</string>|([^<>&\r]*))</value>")
+"""A string with nothing in it for a parser to do, which would need five copies of it: of the 43 MB
+bitmap of 16 TiB that took 130 MiB more."""
+
 _UNFINISHED = {"pending", "cancelling"}
 
 
@@ -153,6 +158,8 @@ def unwrapped(result: str) -> str:
     """
     if not result.startswith("<"):
         return result
+    if plain := _PLAIN.fullmatch(result):
+        return plain[1] or plain[2] or ""
     text = f"<methodResponse><params><param>{result}</param></params></methodResponse>"
     try:
         (value,), _ = cast(tuple[tuple[object], str], xmlrpc.client.loads(text))

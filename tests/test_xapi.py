@@ -371,8 +371,32 @@ async def test_no_secret_reaches_a_log(
 
 
 @pytest.mark.parametrize(
+    ("result", "value"),
+    [
+        ("", ""),
+        ("OpaqueRef:1", "OpaqueRef:1"),
+        ("<value/>", ""),
+        ("<value></value>", ""),
+        ("<value>OpaqueRef:1</value>", "OpaqueRef:1"),
+        ("<value><string>QUJD+/=</string></value>", "QUJD+/="),
+        ("<value>a &lt; b</value>", "a < b"),
+        ("<value><string>a\r\nb</string></value>", "a\nb"),
+        ("<value><int>7</int></value>", "7"),
+    ],
+)
+def test_the_value_of_a_result(result: str, value: str) -> None:
+    assert tasks.unwrapped(result) == value
+
+
+@pytest.mark.parametrize(
     "result",
-    ["<value>", "<foo/>", "<value><int>x</int></value>", "<value/></param></params><fault/>"],
+    [
+        "<value>",
+        "<value>a</string></value>",
+        "<foo/>",
+        "<value><int>x</int></value>",
+        "<value/></param></params><fault/>",
+    ],
 )
 def test_a_result_that_is_none_is_a_pool_error(result: str) -> None:
     with pytest.raises(errors.PoolError, match="the result of a task"):
