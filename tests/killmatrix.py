@@ -43,7 +43,7 @@ KINDS: tuple[Kind, ...] = ("full", "incremental", "compare", "resume")
 SIZES = {"xvda": 16 * units.MiB, "xvdb": 4 * units.MiB}
 """Disks of the VM: of several requests, and of one."""
 
-SETTINGS = {"cbtfs.diskcopy.FLUSH_BYTES": units.MiB}
+SETTINGS = {"FLUSH_BYTES": units.MiB}
 """So that entries in the journal fall into the copy of even a small disk."""
 
 MODES: dict[str, tuple[Mode, ...]] = {

@@ -61,7 +61,7 @@ class Runner:
     """Runs commands; made by ``open_runner``; what the last one left is in ``directory``.
 
     Attributes:
-        settings: constants of modules in all runs, such as ``cbtfs.diskcopy.FLUSH_BYTES``.
+        settings: constants for all runs, in whatever modules of cbtfs have them.
     """
 
     def __init__(
@@ -164,9 +164,10 @@ def _become(order: Order) -> None:
     )
     points.install()
     for name, value in order.settings.items():
-        module, _, constant = name.rpartition(".")
-        assert isinstance(getattr(sys.modules[module], constant), int)
-        setattr(sys.modules[module], constant, value)
+        having = [m for at, m in sys.modules.items() if at.startswith("cbtfs.") and name in vars(m)]
+        assert having, f"no module has {name}"
+        for module in having:
+            setattr(module, name, value)
     sys.argv = ["cbtfs", *order.argv]
 
 

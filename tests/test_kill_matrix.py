@@ -14,7 +14,7 @@ import pytest
 
 from .killmatrix import KINDS, MODES, Kind, Trial, open_trial, try_points
 
-EVERY = int(os.environ.get("CBTFS_KILL_EVERY", "50"))
+EVERY = int(os.environ.get("CBTFS_KILL_EVERY", "60"))
 SEED = int(os.environ.get("CBTFS_SEED", str(time.time_ns())))
 CHOSEN_KINDS = os.environ.get("CBTFS_KILL_KINDS", "").split() or KINDS
 CHOSEN_MODES = os.environ.get("CBTFS_KILL_MODES", "").split() or list(MODES)

@@ -28,7 +28,7 @@ IN_FLIGHT = 4 * REQUEST
 HEAD = 4 * units.MiB
 """Bytes that the pool reads to tell which blocks hold data, at most."""
 
-SETTINGS = {"cbtfs.diskcopy.FLUSH_BYTES": INTERVAL, "cbtfs.copier.REQUEST": REQUEST}
+SETTINGS = {"FLUSH_BYTES": INTERVAL, "REQUEST": REQUEST}
 
 IN_PYTHON = {
     "pwrite64": "pwrite",
