@@ -17,7 +17,7 @@ Rules of this file:
    (xen-api, xapi_vdi.ml).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from . import errors
@@ -120,8 +120,8 @@ async def retire(
 ) -> list[str]:
     """Turn the ``committed`` devices into bases; destroy what they replace and dead runs left.
 
-    Everything is tried; the sentences returned say what failed. The next run of the same VM tries
-    again, so a failure costs space in the pool and nothing else.
+    Everything is tried as long as the pool answers; the sentences returned say what failed. The
+    next run of the same VM tries again, so a failure costs space in the pool and nothing else.
     """
     cleaner = _Cleaner(pool)
     if snapshot.vm is not None:
@@ -201,33 +201,37 @@ async def clear_vms(
 
 
 class _Cleaner:
-    """Destroys one thing after the other, and remembers what refused."""
+    """Destroys one thing after the other, and remembers what refused.
+
+    When nobody answers any more, the rest is left for the next run: it would be waited for as long,
+    each time, to be told the same.
+    """
 
     def __init__(self, pool: Pool) -> None:
         self.problems: list[str] = []
         self._pool = pool
+        self._given_up = False
 
     async def destroy_vm(self, vm: VM) -> None:
-        try:
-            await self._pool.destroy_snapshot_vm(vm.ref)
-        except errors.PoolError as exc:
-            self._tell("snapshot VM", vm.uuid, exc)
+        await self._remove("snapshot VM", vm, self._pool.destroy_snapshot_vm)
 
     async def destroy_vdi(self, vdi: VDI) -> None:
-        try:
-            await self._pool.destroy_vdi(vdi.ref)
-        except errors.PoolError as exc:
-            self._tell("snapshot", vdi.uuid, exc)
+        await self._remove("snapshot", vdi, self._pool.destroy_vdi)
 
     async def keep_as_base(self, vdi: VDI) -> None:
         """Keep metadata only; a snapshot without change tracking can be no base at all."""
-        if not vdi.cbt_enabled:
+        if vdi.cbt_enabled:
+            await self._remove("the data of snapshot", vdi, self._pool.data_destroy)
+        else:
             await self.destroy_vdi(vdi)
+
+    async def _remove(
+        self, what: str, record: VDI | VM, remove: Callable[[str], Awaitable[None]]
+    ) -> None:
+        if self._given_up:
             return
         try:
-            await self._pool.data_destroy(vdi.ref)
+            await remove(record.ref)
         except errors.PoolError as exc:
-            self._tell("the data of snapshot", vdi.uuid, exc)
-
-    def _tell(self, what: str, uuid: str, exc: errors.PoolError) -> None:
-        self.problems.append(f"could not remove {what} {uuid} from the pool: {exc}")
+            self.problems.append(f"could not remove {what} {record.uuid} from the pool: {exc}")
+            self._given_up = isinstance(exc, errors.PoolUnreachable | errors.AuthenticationFailed)
