@@ -44,6 +44,7 @@ class Cost:
         calls: how often each call was made, as the pool counted it; without the polling of tasks.
         rss: the most memory that the command had, in bytes.
         seconds: of the whole command.
+        cpu: processor seconds of the command, without those of the pool.
         disk: the record of the new point.
     """
 
@@ -51,6 +52,7 @@ class Cost:
     calls: Mapping[str, int]
     rss: int
     seconds: float
+    cpu: float
     disk: DiskPoint
 
 
@@ -152,24 +154,23 @@ def sync(shell: Shell, name: str) -> Cost:
     shell.pool.control("reset-counters")
     with tempfile.NamedTemporaryFile("r") as costs:
         # GNU time starts the command from a process so small that it does not count as its memory
-        timed = ["/usr/bin/time", "-q", "-o", costs.name, "-f", "%M"]
+        timed = ["/usr/bin/time", "-q", "-o", costs.name, "-f", "%M %U %S"]
         command = [*timed, *shell.command("-q", "sync", "--vm", name)]
         begun = time.monotonic()
-        done = subprocess.run(
-            command, check=False, stderr=subprocess.PIPE, text=True, env=shell.env()
-        )
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=shell.env())
         seconds = time.monotonic() - begun
         if done.returncode:
             sys.exit(f"cbtfs sync: exit {done.returncode}: {done.stderr}")
-        rss = int(costs.read()) * units.KiB
+        memory, user, system = costs.read().split()
     counted = msgspec.convert(shell.pool.control("counters"), dict[str, object])
     numbers = {name: count for name, count in counted.items() if isinstance(count, int)}
     point = (shell.store / "by-name" / name / "latest" / "point.json").read_bytes()
     return Cost(
         served=sum(count for key, count in numbers.items() if key.startswith("read.")),
         calls={k: n for k, n in numbers.items() if k.startswith("rpc.") and k != _POLLS},
-        rss=rss,
+        rss=int(memory) * units.KiB,
         seconds=seconds,
+        cpu=float(user) + float(system),
         disk=catalogue.decode(point).disks[0],
     )
 
