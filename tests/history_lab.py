@@ -18,7 +18,7 @@ from typing import TypeVar, cast
 import pytest
 import trio
 
-from cbtfs import copier, diskcopy, tasks
+from cbtfs import copier, diskcopy, logbook, tasks
 from cbtfs.nbd import Timeouts
 from cbtfs.pool import Pool
 
@@ -34,7 +34,7 @@ PATIENT = Timeouts(connect=30.0, request=30.0, close=30.0)
 QUICK = (
     (tasks, "_POLL_FIRST", 0.004),  # seconds; the simulated pool's tasks take milliseconds
     (copier, "REQUEST", 256 << 10),  # bytes; so that even a small disk takes several
-    (diskcopy, "FLUSH_BYTES", 512 << 10),  # bytes; so that there is something to go on with
+    (logbook, "FLUSH_BYTES", 512 << 10),  # bytes; so that there is something to go on with
     (diskcopy, "WORTH_ASKING", 3 << 20),  # bytes; so that some disks' allocation is asked for
 )
 """What is made small, as the disks are, that the same things happen to them as to large ones."""

@@ -1,22 +1,38 @@
 """The state machine: every step is something that happens to a VM, or a sync of it."""
 
+import functools
 import itertools
 import sys
 import traceback
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Concatenate, ParamSpec
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from .history_lab import Lab
 from .history_sync import Attempt, Trouble, check_all
 from .history_world import World
 
+P = ParamSpec("P")
+
 _which = st.integers(0, 11)
 _seed = st.integers(0, 2**32 - 1)
 _trouble = st.sampled_from(("cancel", "break off", "break off", "refuse", "kill"))
 _kind = st.sampled_from(("scattered", "blocks", "end", "zeros", "same"))
+
+
+def _counted(
+    step: Callable[Concatenate["HistoryMachine", P], None],
+) -> Callable[Concatenate["HistoryMachine", P], None]:
+    """Return ``step``, which counts when it was made."""
+
+    @functools.wraps(step)
+    def made(machine: "HistoryMachine", /, *args: P.args, **kwargs: P.kwargs) -> None:
+        step(machine, *args, **kwargs)
+        HistoryMachine.steps += 1
+
+    return made
 
 
 class HistoryMachine(RuleBasedStateMachine):
@@ -35,12 +51,6 @@ class HistoryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = World(self.lab, f"vm{next(self._numbers)}")
-        HistoryMachine.steps -= 1  # invariants are looked at before the first step, too
-
-    @invariant()
-    def count(self) -> None:
-        """Count the step that was just made."""
-        HistoryMachine.steps += 1
 
     def teardown(self) -> None:
         """End the history with a sync that must succeed, and look at every point once more."""
@@ -58,96 +68,118 @@ class HistoryMachine(RuleBasedStateMachine):
     # ── what happens to the VM ───────────────────────────────────────────────────────────────
 
     @rule(which=_which, kind=_kind, seed=_seed)
+    @_counted
     def write(self, which: int, kind: str, seed: int) -> None:
         self.world.write(which, kind, seed)
 
     @rule(which=_which, kind=_kind, seed=_seed)
+    @_counted
     def write_more(self, which: int, kind: str, seed: int) -> None:
         self.world.write(which, kind, seed)
         self.world.write(which + 1, kind, seed + 1)
 
     @rule(which=_which, more=st.integers(-300, 300))
+    @_counted
     def resize(self, which: int, more: int) -> None:
         self.world.resize(which, more)
 
     @rule(which=_which, off=st.booleans(), on=st.booleans())
+    @_counted
     def track(self, which: int, *, off: bool, on: bool) -> None:
         self.world.track(which, off=off, on=on)
 
     @rule()
+    @_counted
     def crash(self) -> None:
         self.world.crash()
 
     @rule(kind=_which)
+    @_counted
     def leave_be(self, kind: int) -> None:
         self.world.leave_be(kind)
 
     @rule(which=_which)
+    @_counted
     def detach(self, which: int) -> None:
         self.world.detach(which)
 
     @rule(which=_which, number=_which)
+    @_counted
     def attach(self, which: int, number: int) -> None:
         self.world.attach(which, number)
 
     @rule(which=_which)
+    @_counted
     def discard_disk(self, which: int) -> None:
         self.world.discard_disk(which)
 
     @rule(which=_which, to=_which)
+    @_counted
     def migrate(self, which: int, to: int) -> None:
         self.world.migrate(which, to)
 
     @rule()
+    @_counted
     def foreign_snapshot(self) -> None:
         self.world.snapshot()
 
     @rule(which=_which)
+    @_counted
     def foreign_snapshot_destroyed(self, which: int) -> None:
         self.world.destroy_snapshot(which)
 
     @rule()
+    @_counted
     def foreign_backup(self) -> None:
         self.world.backup()
 
     @rule()
+    @_counted
     def foreign_backup_forgotten(self) -> None:
         self.world.forget_backup()
 
     @rule(which=_which)
+    @_counted
     def revert(self, which: int) -> None:
         self.world.revert(which)
 
     @rule(which=_which, data_only=st.booleans())
+    @_counted
     def lose_our_snapshot(self, which: int, *, data_only: bool) -> None:
         self.world.lose(which, data_only=data_only)
 
     @rule(which=_which)
+    @_counted
     def remove_point(self, which: int) -> None:
         self.world.remove_point(which)
 
     # ── syncs ────────────────────────────────────────────────────────────────────────────────
 
     @rule()
+    @_counted
     def sync(self) -> None:
         self._sync(Attempt(self.world))
 
     @rule(which=_which, kind=_kind, seed=_seed)
+    @_counted
     def write_and_sync(self, which: int, kind: str, seed: int) -> None:
         self.world.write(which, kind, seed)
         self._sync(Attempt(self.world))
 
     @rule(which=_which, kind=_kind, seed=_seed)
+    @_counted
     def sync_while_the_guest_writes(self, which: int, kind: str, seed: int) -> None:
         self._sync(Attempt(self.world), during=lambda: self.world.write(which, kind, seed))
 
     @rule(full=st.booleans(), which=_which)
+    @_counted
     def sync_otherwise(self, *, full: bool, which: int) -> None:
         disks = self.world.attached
         excluded = [] if full or len(disks) < 2 else [disks[which % len(disks)]]
         self._sync(Attempt(self.world, full=full, excluded=excluded))
 
     @rule(kind=_trouble, at=st.integers(0, 600), full=st.booleans(), seed=_seed)
+    @_counted
     def sync_disturbed(self, kind: str, at: int, *, full: bool, seed: int) -> None:
         if kind == "kill":
             HistoryMachine.kills -= 1

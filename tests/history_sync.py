@@ -74,6 +74,7 @@ class Attempt:
         self._chosen = [disk for disk in world.attached if disk not in excluded]
         self._before = world.ours()
         self._partials = world.partials()
+        self._present = {str(vdi["uuid"]) for vdi in world.lab.records("VDI").values()}
         self._allowed = {disk.uuid: allowed_ for disk, allowed_ in self._allow()}
         world.moment += 1
         self._frozen = {
@@ -83,16 +84,14 @@ class Attempt:
     def _allow(self) -> list[tuple[ModelDisk, Allowed]]:
         world = self.world
         points = [world.points[when] for when in sorted(world.points)]
-        present = {str(vdi["uuid"]) for vdi in world.lab.records("VDI").values()}
-        bases = {
-            str(vdi["uuid"]): world.instants[str(vdi["uuid"])]
-            for vdi in self._before.values()
-            if vdi["cbt_enabled"]
-        }
+        tracked = {str(vdi["uuid"]) for vdi in self._before.values() if vdi["cbt_enabled"]}
+        bases = {uuid: instant for uuid, instant in world.instants.items() if uuid in tracked}
         found: list[tuple[ModelDisk, Allowed]] = []
         for disk in self._chosen:
             assert world.lab.call("VDI.get_cbt_enabled", disk.ref) is (disk.epoch != 0)
-            known = allowed(disk, points=points, bases=bases, present=present, full=self._full)
+            known = allowed(
+                disk, points=points, bases=bases, present=self._present, full=self._full
+            )
             found.append((disk, known))
         return found
 
@@ -192,17 +191,19 @@ class Attempt:
         return new[0] if new else None
 
     def _learn_snapshots(self) -> None:
-        """Learn what the snapshots in the pool show, and which disks are tracked now."""
+        """Learn what snapshots show that were made just now, and which disks are tracked.
+
+        One that a killed process asked for may come later than that: what it shows is not known.
+        """
         world = self.world
         for disk in world.disks:
             if world.lab.call("VDI.get_cbt_enabled", disk.ref):
                 disk.epoch = disk.epoch or new_epoch()
         epochs = {disk.uuid: disk.epoch for disk in world.disks}
-        for vdi in world.ours().values():
-            frozen = self._frozen.get(str(vdi["snapshot_of"]))
-            if str(vdi["uuid"]) not in world.instants and frozen is not None:
-                instant = replace(frozen, epoch=epochs[frozen.vdi_uuid])
-                world.instants[str(vdi["uuid"])] = instant
+        for vdi in world.lab.records("VDI").values():
+            frozen, uuid = self._frozen.get(str(vdi["snapshot_of"])), str(vdi["uuid"])
+            if frozen is not None and vdi["is_a_snapshot"] and uuid not in self._present:
+                world.instants[uuid] = replace(frozen, epoch=epochs[frozen.vdi_uuid])
         for name in world.partials():
             world.begun.setdefault(name, frozenset(disk.uuid for disk in world.attached))
 
@@ -264,14 +265,23 @@ class Attempt:
             r: v for r, v in left.items() if str(v["uuid"]) not in bases and r not in older
         }
         assert not superfluous
+        _check_needed(world, {self._before[ref]["uuid"] for ref in older}, left)
         assert bases <= {str(vdi["uuid"]) for vdi in left.values()}
-        assert {vdi["type"] for vdi in left.values()} <= {"cbt_metadata"}
+        assert {v["type"] for v in left.values() if v["uuid"] in bases} <= {"cbt_metadata"}
         _check_unique(left)
         assert world.our_vms() == []
         dom0 = {ref for ref, vm in world.lab.records("VM").items() if vm["is_control_domain"]}
         assert not [v for v in world.lab.records("VBD").values() if v["VM"] in dom0]
         tasks = world.lab.records("task")
         assert tasks.keys() <= world.dead_tasks, tasks
+
+
+def _check_needed(world: World, older: set[object], left: dict[str, Record]) -> None:
+    """Check that the bases of disks that are there, but were left out this time, are kept."""
+    there = {disk.uuid for disk in world.disks}
+    known = [disk for disks in world.points.values() for disk in disks]
+    needed = {d.snapshot_uuid for d in known if d.vdi_uuid in there} & older
+    assert needed <= {vdi["uuid"] for vdi in left.values()}
 
 
 def _check_unique(bases: dict[str, Record]) -> None:

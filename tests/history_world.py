@@ -49,7 +49,7 @@ class World:
     Attributes:
         moment: counts writes and snapshots, so that it is known which came first.
         points: the restore points that are listed, by their times.
-        instants: what the snapshots show that cbtfs took, by their uuids.
+        instants: what the snapshots show that cbtfs took, by their uuids, as far as known.
         snapshots: of others, with their data.
         metadata: snapshots of others without their data, which are bases of theirs.
         foreign: what of others must be left as it is, as the pool had it when it was made.
@@ -369,11 +369,16 @@ class World:
         return {int(str(v["userdevice"])): str(v["VDI"]) for v in vbds if v["VM"] == vm}
 
     def _contents_of(self, vm: str) -> dict[int, Content]:
-        """Return what a snapshot of cbtfs's shows; nothing if somebody destroyed a part of it."""
+        """Return what a snapshot of cbtfs's shows; nothing if somebody destroyed a part of it.
+
+        Nor if nobody knows when it was taken: a killed process had asked for it.
+        """
         disks = self._disks_of(vm)
         if {self.lab.call("VDI.get_type", ref) for ref in disks.values()} != {"user"}:
             return {}
         uuids = {number: self.lab.text("VDI.get_uuid", ref) for number, ref in disks.items()}
+        if not self.instants.keys() >= set(uuids.values()):
+            return {}
         return {number: self.instants[uuid].content for number, uuid in uuids.items()}
 
     def _remember_foreign(self) -> None:
