@@ -18,28 +18,33 @@ Rules of this file:
 import errno
 import logging
 import os
+import select
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Protocol, cast
 
 import nbd as libnbd
 import trio
 
-from . import anchor, channel, errors, tls
-from .units import MiB
+from . import anchor, channel, errors, tls, units
 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 4096
 """xapi-nbd ends the connection on a read that is not aligned to the disk's sector, 512 or 4096."""
 
-MAX_REQUEST = 4 * MiB
+MAX_REQUEST = 4 * units.MiB
 """Longer reads are cut: beyond it nothing was gained in measurements, and it bounds a stall."""
 
 MAX_IN_FLIGHT = 16
 """Requests under way on one connection; a 28-byte request then never fills a socket."""
+
+BULK = units.MiB
+"""Bytes due from which on a thread waits for the socket, and trio's loop hears of whole answers
+only."""
 
 Part = tuple[memoryview, int]
 """Where bytes are to go, and their offset on the disk."""
@@ -152,7 +157,9 @@ class Export:
         self._slots = trio.Semaphore(MAX_IN_FLIGHT)
         self._abort: Callable[[], None] = _nothing
         self._watched: socket.socket | None = None
-        self._active = 0.0  # when the last byte came
+        self._due = 0  # bytes asked for and not settled
+        self._pumping = trio.CapacityLimiter(1)
+        self._heard = 0.0  # when the last bytes came, on a clock that threads have too
         self._greeted = trio.Event()
         self._ready = trio.Event()
         self._ended = trio.Event()
@@ -255,13 +262,14 @@ class Export:
         request = _Request(call, view, offset, self._finished)
         try:
             if not self._handle.aio_in_flight():
-                self._active = trio.current_time()  # the silence begins now
+                self._heard = monotonic()  # the silence begins now
             self._handle.aio_pread(libnbd.Buffer.from_buffer(view), offset, request.record)
         except libnbd.Error as exc:
             self._lose(self._told(exc))
             raise errors.ExportLost(self.lost) from None
         call.requests.append(request)
         call.pending += 1
+        self._due += request.length
         self._notice_end()
 
     def _notice_end(self) -> None:
@@ -272,11 +280,11 @@ class Export:
 
     async def _answered(self, call: _Call) -> None:
         while call.pending:
-            deadline = self._active + self.timeouts.request
-            if trio.current_time() >= deadline:
+            patience = self._heard + self.timeouts.request - monotonic()
+            if patience <= 0:
                 self._lose(f"no answer for {self.timeouts.request:g} s")
                 return
-            with trio.move_on_at(deadline):
+            with trio.move_on_after(patience):
                 await call.settled()
 
     async def _reclaim(self, call: _Call) -> None:
@@ -375,21 +383,44 @@ class Export:
             self._ended.set()
 
     async def _step(self) -> bool:
-        """Wait for the socket and notify libnbd once; return whether the connection lives."""
-        handle, watched = self._handle, cast(socket.socket, self._watched)
+        """Wait for the socket and notify libnbd; return whether the connection lives."""
+        watched = cast(socket.socket, self._watched)
         try:
-            # whenever requests wait to be written, replies are due too (see MAX_IN_FLIGHT)
-            if handle.aio_get_direction() == libnbd.AIO_DIRECTION_WRITE:
+            if self._due >= BULK:
+                await trio.to_thread.run_sync(self._pump, limiter=self._pumping)
+            elif self._wants_to_write():
                 await trio.lowlevel.wait_writable(watched)
-                handle.aio_notify_write()
+                self._handle.aio_notify_write()
             else:
                 await trio.lowlevel.wait_readable(watched)
-                self._active = trio.current_time()
-                handle.aio_notify_read()
+                self._heard = monotonic()
+                self._handle.aio_notify_read()
         except libnbd.Error as exc:
             self._refused = self._refusal(exc)
             self.lost = self.lost or f"{self.address}: {self._told(exc)}"
         return self._lives()
+
+    def _pump(self) -> None:
+        """Notify libnbd until there is something to settle; in a thread, see ``BULK``.
+
+        Requests are sent meanwhile by trio's thread: a handle has a lock of its own. Whatever is to
+        end this ends the connection, which wakes it.
+        """
+        handle, watched = self._handle, cast(socket.socket, self._watched)
+        poller = select.poll()
+        while not (self._finished or handle.aio_is_dead() or handle.aio_is_closed()):
+            writing = self._wants_to_write()
+            poller.register(watched, select.POLLOUT if writing else select.POLLIN)
+            poller.poll()
+            self._heard = monotonic()
+            if writing:
+                handle.aio_notify_write()
+            else:
+                handle.aio_notify_read()
+
+    def _wants_to_write(self) -> bool:
+        # whenever requests wait to be written, replies are due too (see MAX_IN_FLIGHT)
+        return self._handle.aio_get_direction() == libnbd.AIO_DIRECTION_WRITE
 
     def _lives(self) -> bool:
         """Return whether the connection lives, and note whether its handshake is over."""
@@ -401,7 +432,9 @@ class Export:
 
     def _settle(self) -> None:
         while self._finished:
-            self._finished.pop().call.answered()
+            request = self._finished.pop()
+            request.call.answered()
+            self._due -= request.length
             self._slots.release()
 
     async def close(self) -> None:
