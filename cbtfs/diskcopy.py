@@ -49,13 +49,17 @@ WORTH_ASKING = 16 * units.MiB
 """Size of a disk from which on the pool is asked what may hold data: to attach the disk for that
 takes longer than to read one that is smaller."""
 
+WORTH_CONNECTING = 64 * units.MiB
+"""Bytes to read for which one more connection is worth its while: a host takes seconds to plug the
+disk into its dom0, and to unplug it again."""
+
 
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
     """How to copy.
 
     Attributes:
-        connections: NBD connections to use.
+        connections: NBD connections to use, at most; fewer if there is little to read.
         sample: how many blocks that need not be read are read nevertheless, and compared.
         rate: shared with all other disks, or None.
         rng: draws the sample; nobody can foresee what it will be.
@@ -275,7 +279,7 @@ class _DiskCopy:
         copier = Copier(
             lambda: _connect(self._pool, self._vdi),
             landing,
-            connections=self._options.connections,
+            connections=min(self._options.connections, 1 + work.remaining // WORTH_CONNECTING),
             advanced=self._advanced,
             rate=self._options.rate,
         )

@@ -261,3 +261,13 @@ def _passing_below(offset: int) -> Callable[[Image, int, Buffer], int]:
         return genuine(self, at, data) if at >= offset else 0
 
     return differing
+
+
+async def test_for_little_to_read_one_connection_is_enough(small: Small, store: Store) -> None:
+    async with opened(small.pool) as pool:
+        small.pool.control("reset-counters")
+        await sync(pool, store)
+
+    counters = small.pool.control("counters")
+    assert isinstance(counters, dict)
+    assert counters["nbd"]["connections"] == 1
