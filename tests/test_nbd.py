@@ -14,7 +14,7 @@ import trio
 import trustme
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from cbtfs import errors, nbd
+from cbtfs import errors, export as export_module, nbd
 from cbtfs.nbd import Export, NbdAddress
 
 from .hosts import CONTENT, QUICK, Certificate, NbdHost, certificate, nbd_host
@@ -79,7 +79,7 @@ def test_reads_at_the_same_time_do_not_mix(own: Certificate, ranges: list[tuple[
 async def test_a_long_read_is_cut_into_requests(
     own: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbd, "MAX_REQUEST", 16384)
+    monkeypatch.setattr(export_module, "MAX_REQUEST", 16384)
     host = NbdHost(own)
 
     async with export_of(host) as export:
@@ -90,6 +90,7 @@ async def test_a_long_read_is_cut_into_requests(
     assert max(length for _, length in host.reads) == 16384
 
 
+@pytest.mark.usefixtures("pump")
 async def test_many_ranges_are_read_in_one_call(own: Certificate) -> None:
     host = NbdHost(own)
     ranges = [(at * 16384, 4096 * (1 + at % 3)) for at in range(40)]
@@ -228,9 +229,16 @@ async def test_nobody_there_is_a_lost_connection(own: Certificate) -> None:
                 pass
 
 
+@pytest.fixture(params=["loop", "thread"])
+def pump(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every read is waited for in trio's loop, or every one in a thread."""
+    monkeypatch.setattr(export_module, "BULK", 1 if request.param == "thread" else 1 << 40)
+
+
 # ── what breaks later ────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("pump")
 @pytest.mark.parametrize("quirk", ["cut", "stuck"])
 @pytest.mark.parametrize("tls", [True, False])
 async def test_a_read_that_breaks_off_loses_the_connection(
@@ -242,6 +250,7 @@ async def test_a_read_that_breaks_off_loses_the_connection(
                 await export.pread(8192, 0)
 
 
+@pytest.mark.usefixtures("pump")
 @pytest.mark.parametrize("quirk", ["error", "einval"])
 async def test_a_read_error_is_told(own: Certificate, quirk: str) -> None:
     async with export_of(NbdHost(own, quirk=quirk)) as export:
@@ -249,6 +258,7 @@ async def test_a_read_error_is_told(own: Certificate, quirk: str) -> None:
             await export.pread(8192, 4096)
 
 
+@pytest.mark.usefixtures("pump")
 async def test_other_reads_fail_with_the_one_that_is_not_answered(own: Certificate) -> None:
     failed: list[Exception] = []
 
@@ -265,10 +275,11 @@ async def test_other_reads_fail_with_the_one_that_is_not_answered(own: Certifica
     assert len(failed) == 20
 
 
+@pytest.mark.usefixtures("pump")
 async def test_a_buffer_is_not_touched_after_a_cancelled_read(
     own: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbd, "_CANCEL_GRACE", 0.05)
+    monkeypatch.setattr(export_module, "_CANCEL_GRACE", 0.05)
     host = NbdHost(own, quirk="stuck")
     buffer = bytearray(8192)
 
@@ -282,6 +293,7 @@ async def test_a_buffer_is_not_touched_after_a_cancelled_read(
         assert buffer == bytes(8192)
 
 
+@pytest.mark.usefixtures("pump")
 async def test_a_cancelled_read_that_is_answered_soon_costs_no_connection(
     own: Certificate,
 ) -> None:
@@ -291,6 +303,23 @@ async def test_a_cancelled_read_that_is_answered_soon_costs_no_connection(
             await export.pread(65536, 0)
 
         assert await export.pread(4096, 0) == CONTENT[:4096]
+
+
+@pytest.mark.usefixtures("pump")
+@pytest.mark.parametrize("tls", [True, False])
+async def test_an_aborted_connection_ends_its_reads_at_once(own: Certificate, tls: bool) -> None:
+    host = NbdHost(own, tls=tls, quirk="stuck")
+
+    async with export_of(host, replace(QUICK, request=600)) as export:
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                with pytest.raises(errors.ExportLost):
+                    await export.pread(1 << 20, 0)
+
+            nursery.start_soon(read)
+            await host.stuck.wait()
+            export.abort()
 
 
 async def test_leaving_waits_until_the_host_has_detached_the_disk(own: Certificate) -> None:
