@@ -629,14 +629,14 @@ def assert_next_sync_is_good(world: World, fault: Fault) -> None:
     begun = [path.name.removeprefix(".partial-") for path in world.partial_points()]
     world.pool.control("reset-counters")
 
-    told = world.sync()
+    said = world.sync()
 
     point = world.points()[-1]
     assert faulted.disk_of(point, "xvda").method == fault.next_method
     assert {disk.method for disk in point.disks} <= {"incremental", fault.next_method}
     assert ([point.time] == begun) is fault.resumed
     if fault.next_method == "resume":
-        assert world.bytes_served() < world.sizes["xvda"], told.said
+        assert world.bytes_served() < world.sizes["xvda"], said
     world.assert_equals_guest(point, devices=list(world.sizes))
     world.assert_only_bases_left()
 
