@@ -31,11 +31,14 @@ from . import errors, extents, units
 from .extents import Extent
 from .rate import Rate
 
-# Measured with contrib/bench/sync, 2 GiB, two cores that were busy with other work as well, medians of
-# 5 or 6 runs by turns. Server like xapi-nbd (2 ms a request): connections x batches x MiB with 2 writers
-# 2 x 2 x 4: 3.8 s, 2 x 3 x 2: 3.8 s, 1 x 2 x 4: 3.8 s, 1 x 3 x 2 (3 writers): 4.5 s. A file without
-# delay: 2 x 2 x 4 and 2 x 3 x 2: 2.9 s. So 4 MiB serve a single connection best and cost the others
-# nothing. Of 16 MiB a disk with two connections, eight disks at once take 128 MiB.
+# Seconds for 2 GiB by contrib/bench/copyout.py, into XFS in memory, on two cores busy with other
+# work too, so that a tenth means nothing; connections x DEPTH x REQUEST in MiB:
+#
+#   like xapi-nbd, 2 ms a request (medians of 6)    2x2x4  3.8  2x3x2  3.8  1x2x4  3.8  1x3x2  4.5
+#   a file without delay (medians of 4)             2x2x4  2.9    3x2x4  2.9    2x2x2  2.9
+#
+# So 4 MiB serve a single connection best, and cost the others nothing. At 16 MiB for a disk with
+# two connections, eight disks at once take 128 MiB.
 
 REQUEST = 4 * units.MiB
 """Bytes of a batch, and so of a request. On one connection of a serial server with 2 ms a request,
@@ -48,7 +51,7 @@ DEPTH = 2
 """Batches in flight on each connection: one is written while the next arrives."""
 
 WRITERS = 2
-"""Threads that digest and write for one disk: with 3 it was 3.6 instead of 3.8 s, within the noise."""
+"""Threads that digest and write for one disk: a third gave 3.6 instead of 3.8 s, within the noise."""
 
 ATTEMPTS = 5
 """Connections tried in a row without one piece copied before a disk counts as failed."""
