@@ -32,7 +32,7 @@ from .extents import Extent
 from .rate import Rate
 
 # Seconds for 2 GiB by contrib/bench/copyout.py, into XFS in memory, on two cores busy with other
-# work too, so that a tenth means nothing; connections x DEPTH x REQUEST in MiB:
+# work too, so that a tenth means nothing; connections x DEPTH x REQUEST in MiB, 2 or 3 writers:
 #
 #   like xapi-nbd, 2 ms a request (medians of 6)    2x2x4  3.8  2x3x2  3.8  1x2x4  3.8  1x3x2  4.5
 #   a file without delay (medians of 4)             2x2x4  2.9    3x2x4  2.9    2x2x2  2.9
@@ -51,7 +51,7 @@ DEPTH = 2
 """Batches in flight on each connection: one is written while the next arrives."""
 
 WRITERS = 2
-"""Threads that digest and write for one disk: a third gave 3.6 instead of 3.8 s, within the noise."""
+"""Threads that digest and write for one disk; a third gave 3.6 instead of 3.8 s: noise."""
 
 ATTEMPTS = 5
 """Connections tried in a row without one piece copied before a disk counts as failed."""
