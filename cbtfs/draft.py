@@ -158,13 +158,18 @@ class Draft:
         return point
 
     async def _retire(self, snapshot: Snapshot, point: Point, owner: Owned) -> None:
-        self.problems += await snapshots.retire(
-            self._run.pool,
-            snapshot,
-            committed=[disk.device for disk in point.disks],
-            history=self._history,
-            owner=owner,
-        )
+        """Make bases of what was committed; cancelled, it still has ``CLEANUP`` seconds to."""
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope(shield=True) as finishing:
+                nursery.start_soon(_end_soon, finishing)
+                self.problems += await snapshots.retire(
+                    self._run.pool,
+                    snapshot,
+                    committed=[disk.device for disk in point.disks],
+                    history=self._history,
+                    owner=owner,
+                )
+            nursery.cancel_scope.cancel()
 
     # ── when it fails ────────────────────────────────────────────────────────────────────────
 
@@ -312,6 +317,14 @@ class Draft:
         except errors.PoolError as exc:
             return [f"the VM's metadata could not be saved: {exc}"]
         return []
+
+
+async def _end_soon(finishing: trio.CancelScope) -> None:
+    """Wait until cancelled, then give ``finishing`` so long and no longer."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        finishing.deadline = min(finishing.deadline, trio.current_time() + CLEANUP)
 
 
 def _reached(stage: Stage) -> int:

@@ -113,8 +113,9 @@ def assert_nothing_is_between(trial: Trial, *, committed: bool) -> None:
     partials = list(trial.store.glob("*/.partial*"))
     assert (left.dom0_vbds, left.tasks) == ([], []), left
     assert len(partials) <= 1
-    if committed:  # the snapshot goes now, or with the next run
+    if committed:  # what became of the snapshot is its base
         assert not partials
+        assert (left.snapshots, left.snapshot_vms) == ([], []), left
     elif partials and (partials[0] / "journal.json").exists():
         assert left.snapshots, "there is nothing to go on with"
     else:  # but for a name, of what the pool may still be asked to take
