@@ -18,7 +18,7 @@ P = ParamSpec("P")
 
 _which = st.integers(0, 11)
 _seed = st.integers(0, 2**32 - 1)
-_trouble = st.sampled_from(("cancel", "break off", "break off", "refuse", "kill"))
+_trouble = st.sampled_from(("cancel", "cancel", "refuse", "kill"))
 _kind = st.sampled_from(("scattered", "blocks", "end", "zeros", "same"))
 
 
@@ -155,15 +155,11 @@ class HistoryMachine(RuleBasedStateMachine):
 
     # ── syncs ────────────────────────────────────────────────────────────────────────────────
 
-    @rule()
+    @rule(which=_which, kind=_kind, seed=_seed, written=st.booleans())
     @_counted
-    def sync(self) -> None:
-        self._sync(Attempt(self.world))
-
-    @rule(which=_which, kind=_kind, seed=_seed)
-    @_counted
-    def write_and_sync(self, which: int, kind: str, seed: int) -> None:
-        self.world.write(which, kind, seed)
+    def sync(self, which: int, kind: str, seed: int, *, written: bool) -> None:
+        if written:
+            self.world.write(which, kind, seed)
         self._sync(Attempt(self.world))
 
     @rule(which=_which, kind=_kind, seed=_seed)
@@ -186,9 +182,17 @@ class HistoryMachine(RuleBasedStateMachine):
             # not before it does anything at all
             trouble = Trouble("kill", 400 + at) if self.kills >= 0 else Trouble("cancel", at)
         else:
-            trouble = Trouble(kind, at if kind == "cancel" else at // 4)
+            trouble = Trouble(kind, at)
+        self._disturbed(trouble, full=full and at % 2 == 0, seed=seed)
+
+    @rule(at=st.integers(15, 150), full=st.booleans(), seed=_seed)
+    @_counted
+    def sync_broken_off(self, at: int, *, full: bool, seed: int) -> None:
+        self._disturbed(Trouble("break off", at), full=full and at % 2 == 0, seed=seed)
+
+    def _disturbed(self, trouble: Trouble, *, full: bool, seed: int) -> None:
         self.world.write(seed, "scattered", seed)
-        attempt = Attempt(self.world, full=full and at % 2 == 0)
+        attempt = Attempt(self.world, full=full)
         self._sync(attempt, trouble, during=lambda: self.world.write(seed + 1, "end", seed))
 
     def _sync(

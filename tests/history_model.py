@@ -11,6 +11,7 @@ from pathlib import Path
 
 BLOCK = 64 << 10
 
+_ZEROS = bytes(BLOCK)
 _epochs = itertools.count(1)
 
 
@@ -59,13 +60,13 @@ class Content:
         if len(found) != self.size:
             return f"{len(found)} bytes instead of {self.size}"
         for number in range(-(-self.size // BLOCK)):
-            wanted = self.read(number * BLOCK, min(BLOCK, self.size - number * BLOCK))
-            if found[number * BLOCK :][: len(wanted)] != wanted:
+            start, stop = number * BLOCK, min((number + 1) * BLOCK, self.size)
+            if found[start:stop] != self._block(number)[: stop - start]:
                 return f"block {number}"
         return ""
 
     def _block(self, number: int) -> bytes:
-        return self._blocks.get(number) or bytes(BLOCK)
+        return self._blocks.get(number, _ZEROS)
 
 
 @dataclass

@@ -121,7 +121,8 @@ class Attempt:
             lab.pool.set("xapi.fail", "")
         lab.settle()
         new = self._look(outcome, disturbed=trouble is not None)
-        ways[f"{kind}, {'point' if new else 'none'}" if kind else "undisturbed"] += 1
+        left = "point" if new else "draft" if self.world.partials() else "nothing"
+        ways[f"{kind}, {left}" if kind else "undisturbed"] += 1
 
     async def _sync(
         self, pool: Pool, interrupter: Interrupter, during: Callable[[], None] | None
@@ -177,6 +178,7 @@ class Attempt:
         for point in new:
             assert point.time == listed[-1].time
             self._check_point(point, disturbed=disturbed)
+        self._learn_partials()
         assert world.foreign_records() == world.foreign
         if not disturbed:
             assert outcome is not None
@@ -204,8 +206,16 @@ class Attempt:
             frozen, uuid = self._frozen.get(str(vdi["snapshot_of"])), str(vdi["uuid"])
             if frozen is not None and vdi["is_a_snapshot"] and uuid not in self._present:
                 world.instants[uuid] = replace(frozen, epoch=epochs[frozen.vdi_uuid])
-        for name in world.partials():
+
+    def _learn_partials(self) -> None:
+        """Learn what a run that was disturbed now has left in the store."""
+        world = self.world
+        partials = world.partials()
+        for name in world.begun.keys() - set(partials):  # a later point may have the same time
+            del world.begun[name], world.planned[name]
+        for name in partials:
             world.begun.setdefault(name, frozenset(disk.uuid for disk in world.attached))
+            world.planned.setdefault(name, []).append(self._allowed)
 
     def _check_point(self, point: Point, *, disturbed: bool) -> None:
         world = self.world
@@ -215,8 +225,16 @@ class Attempt:
             wanted = [disk.uuid for disk in self._chosen if disk.uuid in there]
             assert [disk.vdi_uuid for disk in point.disks] == wanted
         world.points[point.time] = tuple(self._check_disk(point, disk) for disk in point.disks)
+        # a disk that an interrupted run had finished is taken as it is
+        earlier = world.planned.get(f".partial-{point.time}", [])
         for record in point.disks:
-            self._check_way(record, disturbed=disturbed)
+            ways[f"{record.method}, {record.resumed or record.reason}"] += 1
+            assert record.blocks_mismatched == 0
+            if record.method == "resume":
+                assert self._partials
+                assert not self._full
+            elif earlier or not disturbed:
+                self._check_way(record, [*earlier, self._allowed])
         named = world.store.catalogue().resolve(f"{world.vm_uuid}/{point.time}")
         assert not world.store.verify(named).damaged
 
@@ -237,20 +255,13 @@ class Attempt:
             content=instant.content,
         )
 
-    def _check_way(self, record: DiskPoint, *, disturbed: bool) -> None:
-        """Hold how a disk was copied against what is allowed."""
-        assert record.blocks_mismatched == 0
-        if record.method == "resume":
-            ways[f"resume of {record.resumed}"] += 1
-            assert self._partials
-            assert not self._full
-            return
-        ways[f"{record.method}, {record.reason}"] += 1
-        if not disturbed:
-            right = self._allowed[record.vdi_uuid]
-            assert (record.method, record.reason) in right.ways, (right, record)
-            if record.method == "incremental":
-                assert record.bytes_changed == right.changed, (right, record)
+    def _check_way(self, record: DiskPoint, plans: Sequence[dict[str, Allowed]]) -> None:
+        """Hold how a disk was copied against what is allowed in one of the runs that did it."""
+        right = [plan[record.vdi_uuid] for plan in plans if record.vdi_uuid in plan]
+        way = (record.method, record.reason)
+        assert any(way in allowed_.ways for allowed_ in right), (right, record)
+        if record.method == "incremental" and len(plans) == 1:
+            assert record.bytes_changed == right[0].changed, (right, record)
 
     def _check_nothing_is_left(self, point: Point) -> None:
         """Nobody disturbed it: what is left of it in the pool are bases, one for a disk."""

@@ -21,7 +21,7 @@ from typing import cast
 from cbtfs import store as stores
 
 from .history_lab import HOST, Lab, Record
-from .history_model import BLOCK, Content, Instant, ModelDisk, PointDisk, new_epoch
+from .history_model import BLOCK, Allowed, Content, Instant, ModelDisk, PointDisk, new_epoch
 from .simulated import Failure
 
 TRACKING = ("Shared NFS", "ZFS")
@@ -54,6 +54,7 @@ class World:
         metadata: snapshots of others without their data, which are bases of theirs.
         foreign: what of others must be left as it is, as the pool had it when it was made.
         begun: the disks that a partial point's snapshot has, by its name.
+        planned: how its disks might be copied in each run that worked on it, by its name.
         dead_tasks: what killed processes left in the pool.
     """
 
@@ -67,6 +68,7 @@ class World:
         self.snapshots: list[ForeignSnapshot] = []
         self.metadata: list[str] = []
         self.begun: dict[str, frozenset[str]] = {}
+        self.planned: dict[str, list[dict[str, Allowed]]] = {}
         self.dead_tasks = set(lab.records("task"))
         self.foreign: dict[str, Record] = {}
         self._srs = {str(sr["name_label"]): ref for ref, sr in lab.records("SR").items()}

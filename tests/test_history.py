@@ -21,7 +21,7 @@ STEPS = int(os.environ.get("CBTFS_STEPS", "2000"))
 MINUTES = float(os.environ.get("CBTFS_MINUTES", "0"))
 SEED = int(os.environ.get("CBTFS_SEED", "20261122"))
 
-HISTORY = 50
+HISTORY = 80
 """Steps of one VM; the next begins anew, with an empty store."""
 
 SETTINGS = settings(
@@ -74,6 +74,7 @@ def test_every_point_of_a_long_history_is_right(tmp_path: Path, reflink_dir: Pat
         sep="\n",
     )
     assert machine.steps >= STEPS
-    assert {way.split(",")[0].split(" ")[0] for way in ways} >= {
-        "full", "incremental", "compare", "resume", "cancel", "break", "kill", "refuse",
-    }  # fmt: skip
+    if machine.steps >= 1000:  # by then all has happened
+        assert {way.split(",")[0].split(" ")[0] for way in ways} >= {
+            "full", "incremental", "compare", "resume", "cancel", "break", "kill", "refuse",
+        }  # fmt: skip
