@@ -105,6 +105,7 @@ class Exports:
         self._session = session
         self._timeouts = timeouts
         self._places = Places(per_host)
+        self._told_at: dict[str, float] = {}
         self._gates: dict[str, trio.Lock] = defaultdict(trio.Lock)
         self._open: Counter[str] = Counter()
         self._hosts: dict[str, _Host] = {}
@@ -199,12 +200,19 @@ class Exports:
             opening = nbd.open_export(address, timeouts=self._timeouts)
             return await stack.enter_async_context(opening)
         except errors.ExportError as exc:
-            # nothing is copied meanwhile, which can take minutes: whoever waits is told
-            logger.warning("%s; trying again", exc)
+            self._tell(f"{exc}; trying again")
             search.error = exc
             search.patience -= trio.current_time() - begun
             self._failed[self._key(address)] = trio.current_time()
             return None
+
+    def _tell(self, text: str) -> None:
+        """Warn, for nothing is copied meanwhile, which can take minutes; but once for all disks."""
+        now = trio.current_time()
+        fresh = now - self._told_at.get(text, -math.inf) >= _GRUDGE
+        logger.log(logging.WARNING if fresh else logging.INFO, "%s", text)
+        if fresh:
+            self._told_at[text] = now
 
     async def _placed(self, search: "_Search", stack: AsyncExitStack) -> NbdAddress | None:
         """Return where to connect next, with a place there that ``stack`` gives back.

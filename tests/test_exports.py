@@ -298,3 +298,18 @@ def test_an_answer_with_a_credential_does_not_show_it() -> None:
     info = exports._NbdInfo("/uuid?session_id=OpaqueRef:secret", "10.0.0.1", 10809, "pem")
 
     assert "secret" not in repr(info)
+
+
+async def test_a_host_that_goes_on_failing_is_told_of_once(
+    simulated: RunningPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    simulated.set("nbd.refuse", "*")
+    async with opened(simulated) as pool:
+        first, second = (disk.ref for disk in (await snapshot_of(pool), await snapshot_of(pool)))
+        for ref in (first, second):
+            with pytest.raises(errors.ExportLost):
+                async with pool.open_export(ref):
+                    raise AssertionError
+
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(told) == len(set(told)) == 2  # one for each host
