@@ -12,29 +12,27 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbd as libnbd
-
 from . import tls
 
 _HOST_NAME = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 def verifies(cert_pem: str, subject: str) -> bool:
-    """Tell whether libnbd verifies the owner of this certificate as strictly as ``channel`` does.
+    """Tell whether libnbd 1.22 verifies the owner of this certificate as strictly as ``channel``.
 
     A certificate of an authority is left to ``channel``: libnbd would accept whom it signed.
 
     Raises:
         PoolError: ``cert_pem`` is no certificate.
     """
-    if not hasattr(libnbd.NBD, "set_tls_hostname") or not _HOST_NAME.fullmatch(subject):
+    if not _HOST_NAME.fullmatch(subject):
         return False
     return tls.pin(cert_pem).cert_store_stats()["x509_ca"] == 0
 
 
 @contextmanager
 def anchored(cert_pem: str) -> Generator[str]:
-    """Yield a directory for ``require``; it must exist until the handshake is over.
+    """Yield the directory for libnbd; it must exist until the handshake is over.
 
     Raises:
         OSError: there is no place for it.
@@ -42,14 +40,3 @@ def anchored(cert_pem: str) -> Generator[str]:
     with tempfile.TemporaryDirectory(prefix="cbtfs-anchor-") as directory:
         Path(directory, "ca-cert.pem").write_text(tls.first(cert_pem), encoding="ascii")
         yield directory
-
-
-def require(handle: libnbd.NBD, directory: str, *, subject: str) -> None:
-    """Let ``handle`` talk to the owner of the certificate in ``directory`` alone.
-
-    It asks for TLS before anything else, and names the export after it has verified the host.
-    """
-    handle.set_tls(libnbd.TLS_REQUIRE)
-    handle.set_tls_certificates(directory)
-    handle.set_tls_verify_peer(True)
-    handle.set_tls_hostname(subject)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import nbd as libnbd  # only to ask its version; nbd.py alone works with it
+import nbd as libnbd  # only to ask its version; export.py alone works with it
 
 from . import errors, image, mountpoint, units
 from .inventory import SR, Inventory, read_owner

@@ -30,7 +30,7 @@ from typing import Protocol, cast
 import nbd as libnbd
 import trio
 
-from . import anchor, errors, units
+from . import errors, units
 from .nbdaddress import NbdAddress, Timeouts
 
 logger = logging.getLogger(__name__)
@@ -445,10 +445,19 @@ def _nothing() -> None:
     """Abort nothing: no connection yet."""
 
 
+def verifies_names() -> bool:
+    """Tell whether this libnbd can verify the host behind a socket it is given: since 1.22."""
+    return hasattr(libnbd.NBD, "set_tls_hostname")
+
+
 def _configured(address: NbdAddress, directory: str) -> libnbd.NBD:
     handle = libnbd.NBD()
     if directory:
-        anchor.require(handle, directory, subject=address.subject)
+        # TLS before anything else, and the export is named only after the host is verified
+        handle.set_tls(libnbd.TLS_REQUIRE)
+        handle.set_tls_certificates(directory)
+        handle.set_tls_verify_peer(True)
+        handle.set_tls_hostname(address.subject)
     else:
         handle.set_tls(libnbd.TLS_DISABLE)  # if there is TLS, it is done before libnbd speaks
     handle.set_export_name(address.export_name)

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import trio
 
 from . import anchor, channel, errors, tls
-from .export import Export, Part
+from .export import Export, Part, verifies_names
 from .nbdaddress import NbdAddress, Timeouts
 
 __all__ = ["Export", "NbdAddress", "Part", "Timeouts", "open_export"]
@@ -44,7 +44,7 @@ async def open_export(
 
 async def _open(address: NbdAddress, limits: Timeouts, stack: AsyncExitStack) -> Export:
     until = trio.current_time() + limits.connect
-    if address.tls and anchor.verifies(address.cert_pem, address.subject):
+    if address.tls and verifies_names() and anchor.verifies(address.cert_pem, address.subject):
         try:
             with anchor.anchored(address.cert_pem) as directory:
                 export = Export(address, timeouts=limits, anchored=directory)

@@ -142,7 +142,7 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("library", "doors"),
     [
-        ("nbd", {"nbd.py", "doctor.py"}),
+        ("nbd", {"export.py", "doctor.py"}),
         ("XenAPI", {"wire.py", "xapi.py"}),
         ("pyfuse3", {"fuse.py", "mount.py"}),
         ("fcntl", {"lock.py", "sparse.py", "simulator"}),
