@@ -46,7 +46,8 @@ MAX_IN_FLIGHT = 16
 
 BULK = units.MiB
 """Bytes due from which on a thread waits for the socket, and trio's loop hears of whole answers
-only. Over TLS, 1 GiB came in 36,000 turns of the loop, 2.1 s of processor time; now 1,800, 1.6 s."""
+only. Over TLS, 1 GiB came in 36,000 turns of the loop and 2.1 s of processor time; now 1,800 and
+1.6 s."""
 
 Part = tuple[memoryview, int]
 """Where bytes are to go, and their offset on the disk."""
@@ -105,9 +106,9 @@ class _Request:
 class Export:
     """A readable export; opened by ``open_export`` and closed by it.
 
-    State shared between tasks: ``_finished`` is filled by callbacks inside libnbd's calls, which may
-    be those of the pump's thread, and emptied by ``_settle`` in trio's. ``lost`` is "" until the
-    connection is gone for good.
+    State shared between tasks: ``_finished`` is filled by callbacks inside libnbd's calls, which
+    may be those of the pump's thread, and emptied by ``_settle`` in trio's. ``lost`` is "" until
+    the connection is gone for good.
 
     Args:
         address: of the export.

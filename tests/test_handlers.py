@@ -274,9 +274,14 @@ async def test_another_status_is_no_beginning(
     own: Certificate, status: str, expected: type[Exception]
 ) -> None:
     taken: list[bytes] = []
+
+    def take(part: bytes) -> bool:
+        taken.append(part)
+        return False
+
     async with client_of(Xapi(own, http(b"<html>", status))) as client:
         with pytest.raises(expected):
-            await client.peek(lambda part: bool(taken.append(part)))
+            await client.peek(take)
 
     assert taken == []
 
