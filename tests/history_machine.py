@@ -19,6 +19,7 @@ P = ParamSpec("P")
 _which = st.integers(0, 11)
 _seed = st.integers(0, 2**32 - 1)
 _trouble = st.sampled_from(("cancel", "cancel", "refuse", "kill"))
+_when = st.sampled_from(("before", "during", "never"))
 _kind = st.sampled_from(("scattered", "blocks", "end", "zeros", "same"))
 
 
@@ -155,17 +156,15 @@ class HistoryMachine(RuleBasedStateMachine):
 
     # ── syncs ────────────────────────────────────────────────────────────────────────────────
 
-    @rule(which=_which, kind=_kind, seed=_seed, written=st.booleans())
+    @rule(when=_when, which=_which, kind=_kind, seed=_seed)
     @_counted
-    def sync(self, which: int, kind: str, seed: int, *, written: bool) -> None:
-        if written:
+    def sync(self, when: str, which: int, kind: str, seed: int) -> None:
+        def write() -> None:
             self.world.write(which, kind, seed)
-        self._sync(Attempt(self.world))
 
-    @rule(which=_which, kind=_kind, seed=_seed)
-    @_counted
-    def sync_while_the_guest_writes(self, which: int, kind: str, seed: int) -> None:
-        self._sync(Attempt(self.world), during=lambda: self.world.write(which, kind, seed))
+        if when == "before":
+            write()
+        self._sync(Attempt(self.world), during=write if when == "during" else None)
 
     @rule(full=st.booleans(), which=_which)
     @_counted
