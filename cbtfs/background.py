@@ -43,8 +43,8 @@ def start_background(argv: Sequence[str], *, log_file: Path | None = None) -> in
     """
     read_end, write_end = os.pipe()
     log = log_file or default_log_file()
-    # an exception of a signal handler shall find somebody who knows of the child
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    # an exception of a signal handler, whatever the signal, shall find somebody who knows the child
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         os.set_inheritable(write_end, True)
         pid = os.posix_spawn(
