@@ -8,11 +8,11 @@
                     ├─> connection 1 ──> reader, reader, … ──> image.write (threads)
                     └─> connection 2 ──> reader, reader, …
 
-A reader owns one buffer and has one batch under way: its extents are requested all at once, each
-for a part of the buffer that begins on a page (an image writes whole pages past the page cache),
-and then one worker thread digests and writes them all, while the other readers wait for the
-network. A server that does one request at a time is thus never idle, and more connections mean
-more of its hands.
+A reader borrows a buffer for each batch: its extents are requested all at once, each for a part
+of the buffer that begins on a page (an image writes whole pages past the page cache), and then one
+worker thread digests and writes them all, while the other readers wait for the network. A server
+that does one request at a time is thus never idle, and more connections mean more of its hands. The
+buffers bound the memory, over all disks: one disk alone has more of them than one of many.
 
 Shared state is one ``_Pieces`` and one ``Tally``, both changed only between checkpoints: a piece is
 taken synchronously, and is either written or given back before its reader ends.
@@ -20,8 +20,8 @@ taken synchronously, and is either written or given back before its reader ends.
 
 import heapq
 import mmap
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,8 +47,12 @@ REQUEST = 4 * units.MiB
 EXTENTS = 16
 """Extents of a batch: as many as an export has under way on one connection."""
 
-DEPTH = 2
-"""Batches in flight on each connection: one is written while the next arrives."""
+DEPTH = 4
+"""Batches in flight on each connection, as far as there are buffers: some are written while the
+next arrive."""
+
+BUFFERS = 24
+"""Batches in flight over all disks of a process: 96 MiB of memory."""
 
 WRITERS = 2
 """Threads that digest and write for one disk; a third gave 3.6 instead of 3.8 s: noise."""
@@ -144,6 +148,28 @@ class _Pieces:
         return piece
 
 
+class Buffers:
+    """Memory for batches: so many at a time, each used again, whoever copies.
+
+    Args:
+        count: of ``REQUEST`` bytes each; made when they are needed.
+    """
+
+    def __init__(self, count: int = BUFFERS) -> None:
+        self._places = trio.Semaphore(count)
+        self._free: list[memoryview] = []
+
+    @asynccontextmanager
+    async def one(self) -> AsyncGenerator[memoryview]:
+        """Lend a buffer of whole pages; those who wait get theirs in the order of asking."""
+        async with self._places:
+            buffer = self._free.pop() if self._free else memoryview(mmap.mmap(-1, REQUEST))
+            try:
+                yield buffer
+            finally:
+                self._free.append(buffer)
+
+
 class Copier:
     """Copies extents of one disk, once.
 
@@ -153,6 +179,7 @@ class Copier:
         connections: how many connections to use; one must succeed.
         advanced: called after each batch with the bytes read and written.
         rate: shared by all who read; None is no limit.
+        buffers: shared by all who copy; None for its own.
     """
 
     def __init__(
@@ -163,6 +190,7 @@ class Copier:
         connections: int,
         advanced: Callable[[int, int], None],
         rate: Rate | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self.tally = Tally()
         self._connect = connect
@@ -172,7 +200,7 @@ class Copier:
         self._rate = rate
         self._limit = REQUEST if rate is None else min(REQUEST, _blocks(rate.step))
         self._writers = trio.CapacityLimiter(WRITERS)
-        self._buffers: list[memoryview] = []
+        self._buffers = buffers or Buffers()
         self._pieces: _Pieces | None = None
         self._serving = 0
         self._error: errors.CbtfsError | None = None
@@ -254,21 +282,25 @@ class Copier:
         lost: list[errors.ExportLost] = []
 
         async def reader() -> None:
-            buffer = self._buffers.pop() if self._buffers else memoryview(mmap.mmap(-1, REQUEST))
             try:
-                while not lost and (batch := pieces.take()):
-                    await self._batch(pieces, batch, export, buffer)
+                while not lost and pieces.remain():
+                    await self._next(pieces, export)
             except errors.ExportLost as exc:
                 lost.append(exc)
             except errors.CbtfsError as exc:
                 self._fail(exc, everyone)
-            finally:
-                self._buffers.append(buffer)
 
         async with trio.open_nursery() as readers:
             for _ in range(DEPTH):
                 readers.start_soon(reader)
         return lost[0] if lost else None
+
+    async def _next(self, pieces: _Pieces, export: Source) -> None:
+        """Copy one batch, if there still is one when there is a buffer for it."""
+        async with self._buffers.one() as buffer:
+            batch = pieces.take()
+            if batch:
+                await self._batch(pieces, batch, export, buffer)
 
     async def _batch(
         self, pieces: _Pieces, batch: list[Extent], export: Source, buffer: memoryview

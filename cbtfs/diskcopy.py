@@ -32,7 +32,7 @@ import trio
 from . import errors, extents, plan as planning, units
 from .bitmap import ChangeBitmap
 from .catalogue import DiskPoint
-from .copier import Copier, Source
+from .copier import Buffers, Copier, Source
 from .image import Image
 from .inventory import VDI
 from .landing import Landing
@@ -62,12 +62,14 @@ class CopyOptions:
         connections: NBD connections to use, at most; fewer if there is little to read.
         sample: how many blocks that need not be read are read nevertheless, and compared.
         rate: shared with all other disks, or None.
+        buffers: shared with all other disks, or None.
         rng: draws the sample; nobody can foresee what it will be.
     """
 
     connections: int = 2
     sample: Sample = field(default_factory=Sample)
     rate: Rate | None = None
+    buffers: Buffers | None = None
     rng: Random = field(default_factory=SystemRandom)
 
 
@@ -282,6 +284,7 @@ class _DiskCopy:
             connections=min(self._options.connections, 1 + work.remaining // WORTH_CONNECTING),
             advanced=self._advanced,
             rate=self._options.rate,
+            buffers=self._options.buffers,
         )
         failure: errors.CbtfsError | None = None
         try:

@@ -26,8 +26,8 @@ VMS_AT_ONCE = 4
 four 14.5 s, eight 12.5 s; but each has a snapshot, which grows while its disks wait."""
 
 DISKS_AT_ONCE = 8
-"""Disks copied at a time, over all VMs: each has up to 16 MiB of requests in flight, and the whole
-process should stay below 256 MiB."""
+"""Disks copied at a time, over all VMs. Their memory is bounded by ``copier.BUFFERS``: the whole
+process stays below 256 MiB."""
 
 
 def plan(

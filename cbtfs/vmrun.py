@@ -17,6 +17,7 @@ import trio
 
 from . import errors, snapshot as snapshots, target as targets
 from .catalogue import Point
+from .copier import Buffers
 from .diskcopy import CopyOptions
 from .draft import Draft, Run
 from .inventory import VM, Inventory
@@ -38,16 +39,18 @@ class Shared:
     """What the VMs of one sync share.
 
     Attributes:
-        disks: a place in it for each disk being copied; a buffer per request is what each costs.
+        disks: a place in it for each disk being copied.
         space: what they need in the store.
         labels: what each target is called while it is under way, by its key, if not by its name.
         rate: of reading, for all of them together; None for no limit.
+        buffers: what is under way between a host and the store.
     """
 
     disks: trio.CapacityLimiter
     space: Space
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     rate: Rate | None = None
+    buffers: Buffers = field(default_factory=Buffers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,10 @@ class VMRun:
             label=shared.labels.get(targets.key_of(target), target.name),
             progress=progress,
             copying=CopyOptions(
-                connections=options.connections_per_disk, sample=options.sample, rate=shared.rate
+                connections=options.connections_per_disk,
+                sample=options.sample,
+                rate=shared.rate,
+                buffers=shared.buffers,
             ),
             disks=shared.disks,
             space=shared.space,
