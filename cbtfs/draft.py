@@ -391,4 +391,5 @@ def _intent(plan: VMPlan, naming: Naming, earlier: Sequence[str]) -> Intent:
         boot=owner.boot,
         starttime=owner.starttime,
         earlier=tuple(earlier),
+        vdis=tuple(disk.vdi_uuid for disk in plan.disks),
     )

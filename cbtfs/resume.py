@@ -20,7 +20,7 @@ from .journal import DiskJournal
 from .owner import Owned
 from .plan import Base, DiskPlan, Reason, VMPlan
 from .snapshot import Snapshot
-from .stage import Leftover
+from .stage import Intent, Leftover
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,9 @@ def find(
             continue
         of_run = Owned(self_uuid="", role="base", store=store, vm=plan.vm_uuid, point=leftover.time)
         snapshot = _snapshot_of(inventory, target, plan, of_run)
-        if snapshot is not None and _holds(snapshot, begun):
+        if snapshot is None or not _holds(snapshot, begun):
+            continue
+        if not _lost(plan, snapshot, leftover.intent):
             return Resumption(
                 leftover, snapshot, _resumed(plan, leftover, snapshot, history=history)
             )
@@ -99,6 +101,13 @@ def _holds(snapshot: Snapshot, begun: Mapping[str, DiskJournal]) -> bool:
         if not vdi.is_readable:
             return False
     return True
+
+
+def _lost(plan: VMPlan, snapshot: Snapshot, intent: Intent) -> bool:
+    """Tell whether a disk of which the snapshot was taken is not in it any more."""
+    return any(
+        disk.vdi_uuid in intent.vdis and disk.device not in snapshot.disks for disk in plan.disks
+    )
 
 
 def _resumed(

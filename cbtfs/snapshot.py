@@ -89,7 +89,7 @@ def of_vm(inventory: Inventory, plan: VMPlan, ref: str) -> Snapshot:
         disk.vdi
         for disk in inventory.disks_of(vm)
         if disk.vdi.is_a_snapshot
-        and all(ref in here or _is_of_dom0(inventory, ref) for ref in disk.vdi.vbd_refs)
+        and all(ref in here or _is_of_dom0(inventory, disk.vdi, ref) for ref in disk.vdi.vbd_refs)
     ]
     found = {vdi.snapshot_of: vdi for vdi in made}
     disks = {d.device: found[d.vdi_ref] for d in plan.disks if d.vdi_ref in found}
@@ -97,9 +97,13 @@ def of_vm(inventory: Inventory, plan: VMPlan, ref: str) -> Snapshot:
     return Snapshot(inventory, vm, disks, tuple(vdi for vdi in made if vdi.ref not in chosen))
 
 
-def _is_of_dom0(inventory: Inventory, vbd_ref: str) -> bool:
+def _is_of_dom0(inventory: Inventory, vdi: VDI, vbd_ref: str) -> bool:
+    """Tell whether a control domain has this VBD of ``vdi``, or had it until just now."""
     vbd = inventory.vbds.get(vbd_ref)
-    vm = inventory.vms.get(vbd.vm_ref) if vbd is not None else None
+    if vbd is None:
+        # gone between the reading of VDIs and that of VBDs; but whose was it?
+        return read_owner(vdi.other_config, vdi.uuid) is not None
+    vm = inventory.vms.get(vbd.vm_ref)
     return vm is not None and vm.is_control_domain
 
 

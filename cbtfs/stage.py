@@ -59,6 +59,7 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
         vm_uuid: name of the VM's directory.
         earlier: names of snapshots that dead runs asked for, and that the pool may yet take.
         fruitless: runs in a row that went on with this one and got no further.
+        vdis: uuids of the disks that the snapshot is to have.
     """
 
     time: str
@@ -72,6 +73,7 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     starttime: int = 0
     earlier: tuple[str, ...] = ()
     fruitless: int = 0
+    vdis: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,38 @@ def test_a_disk_that_came_later_waits_for_the_next_point() -> None:
     assert "attached after the interrupted run" in why
 
 
+def test_a_disk_that_somebody_took_out_of_the_snapshot_is_not_called_late() -> None:
+    second = replace(LIVE, ref="new", uuid="d15c0000-0000-4000-8000-000000000002", vbd_refs=("n",))
+    vm = replace(WEB1, vbd_refs=("b", "n"))
+    inventory = the_pool()
+    inventory = replace(
+        inventory,
+        vms={**inventory.vms, "vm": vm},
+        vdis={**inventory.vdis, "new": second},
+        vbds={**inventory.vbds, "n": VBD(ref="n", vm_ref="vm", vdi_ref="new", device="xvdb")},
+    )
+    leftover = left({"xvda": ENTRY})
+    assert leftover.intent is not None
+    intent = msgspec.structs.replace(leftover.intent, vdis=(DISK, second.uuid))
+
+    found = resume.find(
+        inventory,
+        vm,
+        planning.plan_vm(inventory, vm, HISTORY, store=STORE),
+        [replace(leftover, intent=intent)],
+        store=STORE,
+        history=HISTORY,
+    )
+
+    assert found is None
+
+
+def test_a_device_that_vanished_while_the_pool_was_read_hides_no_disk() -> None:
+    disk = replace(DISK_SNAPSHOT, vbd_refs=("tb", "unplugged just now"))
+
+    assert find(the_pool(disk=disk)) is not None
+
+
 def test_a_disk_without_vm_is_known_by_its_tag() -> None:
     key = f"vdi-{DISK}"
     snapshot = replace(DISK_SNAPSHOT, vbd_refs=(), other_config=tagged(TAKEN, vm=key))
