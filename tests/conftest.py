@@ -10,6 +10,30 @@ import pytest
 
 from cbtfs import image
 
+LONG = {
+    "test_cancelled",
+    "test_distrust",
+    "test_draft",
+    "test_faults",
+    "test_history",
+    "test_increment_cost",
+    "test_kill_matrix",
+    "test_killed",
+    "test_sync_many",
+}
+"""Modules whose tests mostly wait for processes: contrib/test runs them beside all others."""
+
+pytest.register_assert_rewrite(
+    "tests.history_sync", "tests.history_world", "tests.killmatrix", "tests.faulted"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in ``LONG``."""
+    for item in items:
+        if item.path.stem in LONG:
+            item.add_marker(pytest.mark.long)
+
 
 @pytest.fixture(scope="session")
 def reflink_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -313,18 +313,19 @@ async def expire_once_waiting(simulated: RunningPool) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "attached"),
     [
-        ("xapi.delay", "task.create:0.3", False),
-        ("xapi.delay", "export_raw_vdi:0.3", False),
+        ("xapi.delay", "task.create:2", False),
+        ("xapi.delay", "export_raw_vdi:2", False),
         ("http.stall", "1000", False),
         ("http.stall", "1000", True),
-        ("nbd.attach_delay", "500ms", True),
-        ("nbd.detach_delay", "500ms", True),
+        ("nbd.attach_delay", "2s", True),
+        ("nbd.detach_delay", "2s", True),
     ],
 )
 async def test_if_cancelled_nothing_is_left(
     simulated: RunningPool, api: Api, key: str, value: str, attached: bool
 ) -> None:
     async with snapshot(simulated) as (pool, vdi):
+        simulated.set("http.stall", "1000")  # it does not end before we have seen it
         simulated.set(key, value)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: pool.allocated(vdi.ref, size=vdi.size))
