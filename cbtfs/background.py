@@ -43,8 +43,7 @@ def start_background(argv: Sequence[str], *, log_file: Path | None = None) -> in
     """
     read_end, write_end = os.pipe()
     log = log_file or default_log_file()
-    # an exception of a signal handler, whatever the signal, shall find somebody who knows the child
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    held = _HeldBack()
     try:
         os.set_inheritable(write_end, True)
         pid = os.posix_spawn(
@@ -53,16 +52,43 @@ def start_background(argv: Sequence[str], *, log_file: Path | None = None) -> in
             {**os.environ, READY_FD: str(write_end), LOG_FILE: str(log)},
             file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
             setsid=True,
-            setsigmask=mask,
         )
-        os.close(write_end)
-        write_end = -1
-        return _await_ready(pid, read_end, mask=mask)
+        ours, write_end = write_end, -1
+        os.close(ours)
+        return _await_ready(pid, read_end, held)
     finally:
+        held.release()
         os.close(read_end)
         if write_end >= 0:
             os.close(write_end)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _HeldBack:
+    """SIGINT and SIGTERM, whose handlers raise exceptions, noted from now on until ``release``.
+
+    So an exception finds somebody who knows of the child. To block the signals would not do: where
+    there are other threads they take them, and the handler runs in this one all the same.
+    """
+
+    def __init__(self) -> None:
+        self._noted: list[int] = []
+        self._handlers = {
+            number: handler
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if callable(handler := signal.getsignal(number))
+        }
+        for number in self._handlers:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self._noted.append(number)
+
+    def release(self) -> None:
+        """Give the signals back to their handlers, those that came meanwhile too, once."""
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+        while self._noted:
+            signal.raise_signal(self._noted.pop())
 
 
 def announce_ready() -> None:
@@ -100,9 +126,9 @@ def default_log_file() -> Path:
     return Path(platformdirs.user_log_dir("cbtfs")) / "cbtfs.log"
 
 
-def _await_ready(pid: int, pipe: int, *, mask: set[int]) -> int:
+def _await_ready(pid: int, pipe: int, held: _HeldBack) -> int:
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        held.release()
         if os.read(pipe, 1):
             return 0
         _, status = os.waitpid(pid, 0)

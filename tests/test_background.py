@@ -130,9 +130,10 @@ def test_a_child_that_is_ready_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_ends_the_wait_ends_the_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, status: int
 ) -> None:
-    patient = (
-        f"trap 'echo ended >{tmp_path}/ended; exit' INT TERM; kill -{signum} $PPID; sleep 20 & wait"
-    )
+    # SIGUSR1 is none of those that are held back until the child is known, so it comes later
+    later = "sleep 1; " if signum == signal.SIGUSR1 else ""
+    ending = f"trap 'echo ended >{tmp_path}/ended; exit' INT TERM"
+    patient = f"{ending}; {later}kill -{signum} $PPID; sleep 20 & wait"
     monkeypatch.setattr(sys, "executable", program(tmp_path, patient))
 
     def handler(number: int, _: object) -> None:
