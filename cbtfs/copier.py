@@ -47,9 +47,9 @@ REQUEST = 4 * units.MiB
 EXTENTS = 16
 """Extents of a batch: as many as an export has under way on one connection."""
 
-DEPTH = 4
-"""Batches in flight on each connection, as far as there are buffers: some are written while the
-next arrive."""
+DEPTH = 2
+"""Batches in flight on each connection, as far as there are buffers: one is written while the next
+arrives."""
 
 BUFFERS = 24
 """Batches in flight over all disks of a process: 96 MiB of memory."""
