@@ -18,8 +18,7 @@ Rules of this file:
 1. ``list_changed_blocks`` comes before everything that attaches the snapshot: xapi refuses it while
    a VBD is attached, and ours in dom0 counts (xen-api, xapi_vdi.ml). An export of the block
    allocation table comes next, the NBD connections last.
-2. The journal never says more than is on disk: first the position is taken, then the image is
-   brought to disk, then the position is written down.
+2. A list of blocks that turned out wrong is on record in the journal before all is read.
 """
 
 from collections.abc import AsyncGenerator, Callable

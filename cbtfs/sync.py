@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import trio
 
 from . import errors, names, target as known
-from .catalogue import Catalogue
+from .catalogue import Catalogue, VMHistory
 from .inventory import Inventory
 from .plan import VMPlan
 from .pool import Pool
@@ -32,7 +32,7 @@ process stays below 256 MiB."""
 
 def plan(
     inventory: Inventory,
-    store: Store,
+    store: Store | None,
     targets: Sequence[Target],
     *,
     options: SyncOptions,
@@ -40,9 +40,16 @@ def plan(
 ) -> list[VMPlan]:
     """Return what ``run`` would do, without changing anything in pool or store.
 
-    ``catalogue`` is what the store holds, if it has been read already.
+    Args:
+        inventory: the pool now.
+        store: where to; None for one that does not exist yet, which is not made for this.
+        targets: VMs, and disks by themselves.
+        options: how ``run`` would be called.
+        catalogue: what the store holds, if it has been read already.
     """
-    vms = (store.catalogue() if catalogue is None else catalogue).vms
+    if catalogue is None and store is not None:
+        catalogue = store.catalogue()
+    vms = catalogue.vms if catalogue is not None else dict[str, VMHistory]()
     return [
         known.plan_one(inventory, store, t, history=vms.get(known.key_of(t)), options=options)
         for t in targets

@@ -44,13 +44,18 @@ class SyncOptions:
 
 def plan_one(
     inventory: Inventory,
-    store: Store,
+    store: Store | None,
     target: Target,
     *,
     history: VMHistory | None,
     options: SyncOptions,
 ) -> VMPlan:
-    """Return what to do with the disks of ``target``, given its restore points so far."""
+    """Return what to do with the disks of ``target``, given its restore points so far.
+
+    ``store`` is None for one that does not exist yet.
+    """
+    if store is None:
+        return _plan_new(inventory, None, target, history=history, options=options)
     leftovers = [left for left in store.leftovers(key_of(target)) if not _is_alive(left)]
     plan, resumption = decide(
         inventory, store, target, leftovers=leftovers, history=history, options=options
@@ -68,29 +73,41 @@ def decide(
     options: SyncOptions,
 ) -> tuple[VMPlan, Resumption | None]:
     """Return what to do with ``target`` in a new restore point, and what to go on with instead."""
-    key = key_of(target)
-
-    def damaged(time: str, device: str) -> bool:
-        return device in store.damaged(key, time)
-
-    if isinstance(target, VM):
-        plan = planning.plan_vm(
-            inventory,
-            target,
-            history,
-            store=store.uuid,
-            full=options.full,
-            exclude=options.exclude_disks,
-            damaged=damaged,
-        )
-    else:
-        plan = planning.plan_vdi(
-            inventory, target, history, store=store.uuid, full=options.full, damaged=damaged
-        )
+    plan = _plan_new(inventory, store, target, history=history, options=options)
     if options.full:
         return plan, None  # from the beginning, as asked
     found = resume.find(inventory, target, plan, leftovers, store=store.uuid, history=history)
     return plan, found
+
+
+def _plan_new(
+    inventory: Inventory,
+    store: Store | None,
+    target: Target,
+    *,
+    history: VMHistory | None,
+    options: SyncOptions,
+) -> VMPlan:
+    """Return what to do with ``target`` in a new restore point."""
+    key = key_of(target)
+
+    def damaged(time: str, device: str) -> bool:
+        return store is not None and device in store.damaged(key, time)
+
+    identity = store.uuid if store is not None else ""
+    if isinstance(target, VM):
+        return planning.plan_vm(
+            inventory,
+            target,
+            history,
+            store=identity,
+            full=options.full,
+            exclude=options.exclude_disks,
+            damaged=damaged,
+        )
+    return planning.plan_vdi(
+        inventory, target, history, store=identity, full=options.full, damaged=damaged
+    )
 
 
 def _is_alive(leftover: Leftover) -> bool:

@@ -21,6 +21,7 @@ from .test_plan import BASE, DISK, LIVE, SNAPSHOT, STORE, WEB1, point, pool
 EARLIER = "20261120T020000Z"
 TIME = "20261122T020000Z"
 TAKEN = "5a900000-0000-4000-8000-000000000001"
+SECOND = "d15c0000-0000-4000-8000-000000000002"
 TAKEN_VM = "5a900000-0000-4000-8000-00000000000a"
 
 
@@ -67,6 +68,20 @@ def the_pool(*, disk: VDI = DISK_SNAPSHOT, vm: VM = VM_SNAPSHOT, base: VDI = SNA
     found = pool(LIVE, base, disk, vms=(WEB1, vm))
     vbds = {**found.vbds, "tb": VBD(ref="tb", vm_ref="taken-vm", vdi_ref="taken", device="xvda")}
     return replace(found, vbds=vbds)
+
+
+def the_pool_with_a_second_disk() -> tuple[Inventory, VM]:
+    """Return it, and its VM; the snapshot does not have that disk."""
+    second = replace(LIVE, ref="new", uuid=SECOND, vbd_refs=("n",))
+    vm = replace(WEB1, vbd_refs=("b", "n"))
+    found = the_pool()
+    found = replace(
+        found,
+        vms={**found.vms, "vm": vm},
+        vdis={**found.vdis, "new": second},
+        vbds={**found.vbds, "n": VBD(ref="n", vm_ref="vm", vdi_ref="new", device="xvdb")},
+    )
+    return found, vm
 
 
 def left(journal: Mapping[str, DiskJournal], *, time: str = TIME) -> Leftover:
@@ -161,15 +176,7 @@ def test_a_disk_whose_base_is_gone_is_done_as_planned() -> None:
 
 
 def test_a_disk_that_came_later_waits_for_the_next_point() -> None:
-    second = replace(LIVE, ref="new", uuid="d15c0000-0000-4000-8000-000000000002", vbd_refs=("n",))
-    vm = replace(WEB1, vbd_refs=("b", "n"))
-    inventory = the_pool()
-    inventory = replace(
-        inventory,
-        vms={**inventory.vms, "vm": vm},
-        vdis={**inventory.vdis, "new": second},
-        vbds={**inventory.vbds, "n": VBD(ref="n", vm_ref="vm", vdi_ref="new", device="xvdb")},
-    )
+    inventory, vm = the_pool_with_a_second_disk()
 
     found = resume.find(
         inventory,
@@ -188,18 +195,10 @@ def test_a_disk_that_came_later_waits_for_the_next_point() -> None:
 
 
 def test_a_disk_that_somebody_took_out_of_the_snapshot_is_not_called_late() -> None:
-    second = replace(LIVE, ref="new", uuid="d15c0000-0000-4000-8000-000000000002", vbd_refs=("n",))
-    vm = replace(WEB1, vbd_refs=("b", "n"))
-    inventory = the_pool()
-    inventory = replace(
-        inventory,
-        vms={**inventory.vms, "vm": vm},
-        vdis={**inventory.vdis, "new": second},
-        vbds={**inventory.vbds, "n": VBD(ref="n", vm_ref="vm", vdi_ref="new", device="xvdb")},
-    )
+    inventory, vm = the_pool_with_a_second_disk()
     leftover = left({"xvda": ENTRY})
     assert leftover.intent is not None
-    intent = msgspec.structs.replace(leftover.intent, vdis=(DISK, second.uuid))
+    intent = msgspec.structs.replace(leftover.intent, vdis=(DISK, SECOND))
 
     found = resume.find(
         inventory,

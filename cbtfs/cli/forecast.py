@@ -7,46 +7,13 @@ tell its changes, only a snapshot of it does; nor does a live disk tell what of 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cbtfs import errors, names, plan as planning, sync as syncs, units
-from cbtfs.catalogue import Catalogue
-from cbtfs.inventory import VM, Inventory
+from cbtfs import errors, names, plan as planning, units
+from cbtfs.inventory import Inventory
 from cbtfs.plan import DiskPlan, Reason, VMPlan
 from cbtfs.pool import Pool
-from cbtfs.store import Store
-from cbtfs.sync import SyncOptions, Target
 
 from . import output
 from .output import Table
-
-
-def plans(
-    inventory: Inventory,
-    store: Store | None,
-    targets: Sequence[Target],
-    *,
-    options: SyncOptions,
-    catalogue: Catalogue | None = None,
-) -> list[VMPlan]:
-    """Return what a sync would do with each of ``targets``, in their order.
-
-    Args:
-        inventory: the pool now.
-        store: where to; None for one that does not exist yet, which a forecast must not make.
-        targets: VMs, and disks by themselves.
-        options: how the sync would be called.
-        catalogue: what is in the store, if it has been read already.
-    """
-    if store is not None:
-        return syncs.plan(inventory, store, targets, options=options, catalogue=catalogue)
-    return [_plan_of_nothing(inventory, target, options) for target in targets]
-
-
-def _plan_of_nothing(inventory: Inventory, target: Target, options: SyncOptions) -> VMPlan:
-    if isinstance(target, VM):
-        return planning.plan_vm(
-            inventory, target, None, store="", full=options.full, exclude=options.exclude_disks
-        )
-    return planning.plan_vdi(inventory, target, None, store="", full=options.full)
 
 
 @dataclass(frozen=True, slots=True)

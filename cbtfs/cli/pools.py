@@ -8,12 +8,12 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cbtfs import names, units
+from cbtfs import names, sync as syncs, units
 from cbtfs.inventory import VDI, VM, Inventory
 from cbtfs.plan import VMPlan
 from cbtfs.sync import SyncOptions, Target
 
-from . import context as contexts, forecast, listing, output, running
+from . import context as contexts, listing, output, running
 from .context import Globals
 from .listing import DiskRow, VMRow
 from .output import Table
@@ -61,7 +61,7 @@ def _rows(options: Globals, inventory: Inventory, patterns: Sequence[str]) -> li
         catalogue = contexts.catalogue_of(store)
 
         def planned(target: Target) -> VMPlan:
-            (plan,) = forecast.plans(
+            (plan,) = syncs.plan(
                 inventory, store, [target], options=SyncOptions(), catalogue=catalogue
             )
             return plan

@@ -223,7 +223,7 @@ async def _plan(run: Run) -> Planned:
     with contexts.store_if_any(run.options) as store:
         async with _opened(run, store) as (pool, inventory):
             targets = _targets(inventory, run)
-            plans = forecast.plans(inventory, store, targets, options=run.how)
+            plans = syncs.plan(inventory, store, targets, options=run.how)
             return [
                 (plan, [await forecast.of_disk(pool, inventory, disk) for disk in plan.disks])
                 for plan in plans
