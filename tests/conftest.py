@@ -10,6 +10,8 @@ import pytest
 
 from cbtfs import image
 
+from .simulated import RunningPool, running_pool
+
 LONG = {
     "test_cancelled",
     "test_distrust",
@@ -33,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in LONG:
             item.add_marker(pytest.mark.long)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPool]:
+    """A simulated pool that the tests of a module share; each puts it in good order first."""
+    with running_pool(tmp_path_factory.mktemp("pool")) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,7 @@ from cbtfs.nbd import Export
 from cbtfs.pool import Pool
 
 from .pools import QUICK, disk_of, in_good_order, opened, snapshot_of, vm_of
-from .simulated import Api, RunningPool, running_pool
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPool]:
-    with running_pool(tmp_path_factory.mktemp("pool")) as pool:
-        yield pool
+from .simulated import Api, RunningPool
 
 
 @pytest.fixture

@@ -11,17 +11,11 @@ from cbtfs.store import Store
 from cbtfs.sync import Outcome, SyncOptions
 
 from .pools import in_good_order, opened, snapshot_of
-from .simulated import RunningPool, running_pool
+from .simulated import RunningPool
 from .smallvm import running_small
 
 PAUSES = pools.IN_USE_PAUSES
 """As they are; the tests are less patient."""
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPool]:
-    with running_pool(tmp_path_factory.mktemp("pool")) as pool:
-        yield pool
 
 
 @pytest.fixture

@@ -11,13 +11,7 @@ from cbtfs.inventory import TAG_OWNER, read_owner
 from cbtfs.pool import Pool, PoolOptions
 
 from .pools import OWNER, RUN, disk_of, in_good_order, opened, snapshot_of, vm_of
-from .simulated import Api, RunningPool, running_pool
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPool]:
-    with running_pool(tmp_path_factory.mktemp("pool")) as pool:
-        yield pool
+from .simulated import Api, RunningPool
 
 
 @pytest.fixture

@@ -14,16 +14,10 @@ from cbtfs.inventory import VDI
 from cbtfs.pool import Pool
 
 from .pools import disk_of, in_good_order, opened, snapshot_of
-from .simulated import Api, RunningPool, running_pool
+from .simulated import Api, RunningPool
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 2 * MiB
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPool]:
-    with running_pool(tmp_path_factory.mktemp("pool")) as pool:
-        yield pool
 
 
 @pytest.fixture

@@ -12,27 +12,18 @@ import trio
 from cbtfs import errors, tasks, tls, xapi
 from cbtfs.xapi import Credentials, Session, Trust
 
-from .simulated import Api, RunningPool, running_pool
+from .pools import in_good_order
+from .simulated import Api, RunningPool
 
 ROOT = Credentials("root", "simulated")
 MASTER, SUPPORTER = "127.0.0.2", "127.0.0.3"
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPool]:
-    with running_pool(tmp_path_factory.mktemp("pool")) as pool:
-        yield pool
-
-
 @pytest.fixture
 def pool(started: RunningPool) -> Iterator[RunningPool]:
     """A pool in good order: no fault set, xcp1 its master, nothing counted or stolen."""
-    started.stolen()
-    started.control("reset-counters")
-    yield started
-    for key in started.faults():
-        started.set(key, "")
-    started.control("revive-host", "xcp1", "xcp2")
+    with in_good_order(started) as made:
+        yield made
 
 
 def fingerprint(pool: RunningPool, host: str = "xcp1") -> str:
