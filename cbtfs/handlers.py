@@ -3,10 +3,12 @@
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httpx
 import msgspec
+import trio
 
 from . import errors, peers, tls, wire
 from .units import MiB
@@ -56,6 +58,34 @@ class _Answer(msgspec.Struct, frozen=True):
     error: _Error | None = None
 
 
+class _Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
+class _Opening:
+    """Follows how a request gets its connection (httpx's ``trace``), and closes what failed.
+
+    httpcore closes the socket of a TLS handshake that fails, but not of one that is cancelled.
+
+    Args:
+        asked: called as soon as the host may have received the request.
+    """
+
+    def __init__(self, asked: Callable[[], None] | None = None) -> None:
+        self._asked = asked
+        self._stream: _Closable | None = None
+
+    async def trace(self, event: str, told: Mapping[str, object]) -> None:
+        """Take one of httpcore's events."""
+        if event == "connection.connect_tcp.complete":
+            self._stream = cast(_Closable, told["return_value"])
+        elif event == "connection.start_tls.failed" and self._stream is not None:
+            with trio.CancelScope(shield=True):
+                await self._stream.aclose()
+        elif event == "http11.send_request_headers.started" and self._asked is not None:
+            self._asked()
+
+
 class Web:
     """The HTTP clients of one session, one for each master and how it was verified."""
 
@@ -82,6 +112,7 @@ class Web:
             "/jsonrpc",
             content=msgspec.json.encode(call),
             headers={"Content-Type": "application/json"},
+            extensions={"trace": _Opening().trace},
         )
         body = await self._sent(client, host, request, what=method)
         try:
@@ -104,7 +135,11 @@ class Web:
         """Return the body of one of xapi's handlers; raises as ``post``."""
         client = self._client(host, context)
         request = client.build_request(
-            "GET", path, params=dict(query), headers={"Cookie": f"session_id={session}"}
+            "GET",
+            path,
+            params=dict(query),
+            headers={"Cookie": f"session_id={session}"},
+            extensions={"trace": _Opening().trace},
         )
         return await self._sent(client, host, request, what=path)
 
@@ -125,11 +160,6 @@ class Web:
             Moved: another host is to be asked.
             PoolError: the answer ended before there was enough, or as ``post``.
         """
-
-        async def trace(event: str, _: object) -> None:
-            if event == "http11.send_request_headers.started":
-                asked()
-
         client = self._client(host, context)
         request = client.build_request(
             "GET",
@@ -137,7 +167,7 @@ class Web:
             params=dict(wanted.query),
             headers={"Cookie": f"session_id={session}"},
             timeout=wanted.silence,
-            extensions={"trace": trace},
+            extensions={"trace": _Opening(asked).trace},
         )
         try:
             response = await client.send(request, stream=True)
@@ -165,7 +195,6 @@ class Web:
                 verify=context,
                 timeout=self._timeout,
                 headers={"User-Agent": wire.USER_AGENT, "Accept-Encoding": "identity"},
-                # cancelled in a TLS handshake, httpcore leaves the socket to the garbage collector
                 limits=httpx.Limits(keepalive_expiry=300),
                 trust_env=False,  # no proxy: a session must reach nobody but the host
             )

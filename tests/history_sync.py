@@ -259,9 +259,10 @@ class Attempt:
         """Hold how a disk was copied against what is allowed in one of the runs that did it."""
         right = [plan[record.vdi_uuid] for plan in plans if record.vdi_uuid in plan]
         way = (record.method, record.reason)
-        assert any(way in allowed_.ways for allowed_ in right), (right, record)
+        # a text, because pytest cuts other things short
+        assert any(way in allowed_.ways for allowed_ in right), f"{right} {record}"
         if record.method == "incremental" and len(plans) == 1:
-            assert record.bytes_changed == right[0].changed, (right, record)
+            assert record.bytes_changed == right[0].changed, f"{right} {record}"
 
     def _check_nothing_is_left(self, point: Point) -> None:
         """Nobody disturbed it: what is left of it in the pool are bases, one for a disk."""

@@ -1,5 +1,6 @@
 """JSON-RPC and xapi's handlers over HTTP: what each answer means."""
 
+import gc
 import gzip
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -153,6 +154,30 @@ async def test_an_impostor_gets_no_request(own: Certificate) -> None:
                 await request()
 
     assert xapi.heads == []
+
+
+async def test_cancelled_in_the_handshake_it_leaves_no_socket_behind(own: Certificate) -> None:
+    greeted, hung_up = trio.Event(), trio.Event()
+
+    async def silent(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        greeted.set()
+        await stream.receive_some()
+        hung_up.set()
+
+    async with serving(silent) as port:
+        web = Web(port, timeout=5)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(web.post, HOST, tls.pin(own.pem), "VM.get_all", ("x",))
+            await greeted.wait()
+            nursery.cancel_scope.cancel()
+        gc.disable()  # which would hang up, too
+        try:
+            with trio.fail_after(5):
+                await hung_up.wait()
+        finally:
+            gc.enable()
+        await web.close()
 
 
 async def test_silence_and_refusal_are_no_answer(own: Certificate) -> None:
