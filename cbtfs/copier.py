@@ -19,6 +19,7 @@ taken synchronously, and is either written or given back before its reader ends.
 """
 
 import heapq
+import math
 import mmap
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -37,8 +38,13 @@ from .rate import Rate
 #   like xapi-nbd, 2 ms a request (medians of 6)    2x2x4  3.8  2x3x2  3.8  1x2x4  3.8  1x3x2  4.5
 #   a file without delay (medians of 4)             2x2x4  2.9    3x2x4  2.9    2x2x2  2.9
 #
-# So 4 MiB serve a single connection best, and cost the others nothing. At 16 MiB for a disk with
-# two connections, eight disks at once take 128 MiB.
+# So 4 MiB serve a single connection best, and cost the others nothing. On a quiet machine, to XFS
+# on a disk that takes 2 GB/s, from a file without delay, in GB/s (connections x DEPTH, WRITERS):
+#
+#   2 GiB    1x2 2  1.14    1x4 2  1.45    1x4 4  1.61    2x4 4  1.42
+#   4 GiB    1x4 4  1.35    1x6 4  1.46    1x6 6  1.50    1x8 8  1.48
+#
+# So where one connection is enough, another one hinders.
 
 REQUEST = 4 * units.MiB
 """Bytes of a batch, and so of a request. On one connection of a serial server with 2 ms a request,
@@ -47,15 +53,23 @@ REQUEST = 4 * units.MiB
 EXTENTS = 16
 """Extents of a batch: as many as an export has under way on one connection."""
 
-DEPTH = 2
-"""Batches in flight on each connection, as far as there are buffers: one is written while the next
-arrives."""
+DEPTH = 6
+"""Batches in flight on each connection, as far as there are buffers: some are written while the
+others arrive."""
+
+WRITERS = 6
+"""Threads that digest and write for one disk: they wait for it half of the time."""
 
 BUFFERS = 24
 """Batches in flight over all disks of a process: 96 MiB of memory."""
 
-WRITERS = 2
-"""Threads that digest and write for one disk; a third gave 3.6 instead of 3.8 s: noise."""
+WINDOW = 64 * units.MiB
+"""Bytes after each of which it shows whether one connection is fast enough; the first do not count,
+for which buffers are made and the disk finds its pace."""
+
+FAST = 900_000_000
+"""Bytes a second of one connection from which on others are not opened: they would take places of
+the host for nothing. One connection to a serial server with 2 ms a request gives 800 MB/s."""
 
 ATTEMPTS = 5
 """Connections tried in a row without one piece copied before a disk counts as failed."""
@@ -173,10 +187,12 @@ class Buffers:
 class Copier:
     """Copies extents of one disk, once.
 
+    It begins with one connection; the others join once that is seen to be slow, or lost.
+
     Args:
         connect: opens one more connection to the disk.
         target: where the bytes go.
-        connections: how many connections to use; one must succeed.
+        connections: how many connections to use at most; one must succeed.
         advanced: called after each batch with the bytes read and written.
         rate: shared by all who read; None is no limit.
         buffers: shared by all who copy; None for its own.
@@ -203,6 +219,8 @@ class Copier:
         self._buffers = buffers or Buffers()
         self._pieces: _Pieces | None = None
         self._serving = 0
+        self._window_end, self._window_begun = WINDOW, math.inf  # in bytes read; when it began
+        self._slow = trio.Event()  # or there is another reason not to wait any longer
         self._error: errors.CbtfsError | None = None
 
     @property
@@ -226,13 +244,22 @@ class Copier:
         while self._error is None and pieces.remain():
             self._serving = self._connections
             async with trio.open_nursery() as nursery:
-                for _ in range(self._connections):
-                    nursery.start_soon(self._serve, pieces, nursery.cancel_scope)
+                nursery.start_soon(self._serve, pieces, nursery.cancel_scope)
+                for _ in range(1, self._connections):
+                    nursery.start_soon(self._join, pieces, nursery.cancel_scope)
         if self._error is not None:
             raise self._error
         return self.tally
 
     # ── connections ──────────────────────────────────────────────────────────────────────────────
+
+    async def _join(self, pieces: _Pieces, everyone: trio.CancelScope) -> None:
+        """Copy pieces over one more connection if that is worth it."""
+        await self._slow.wait()
+        if pieces.remain():
+            await self._serve(pieces, everyone)
+        else:
+            self._serving -= 1
 
     async def _serve(self, pieces: _Pieces, everyone: trio.CancelScope) -> None:
         """Copy pieces over one connection; the last one left reconnects while that gets further."""
@@ -253,6 +280,7 @@ class Copier:
             if failure is None or not self._may_retry(failure, attempts, everyone):
                 break
         self._serving -= 1
+        self._slow.set()  # whoever has not joined yet does so, or ends
 
     def _may_retry(
         self, failure: errors.CbtfsError, attempts: int, everyone: trio.CancelScope
@@ -338,6 +366,16 @@ class Copier:
         self.tally.written += written
         self.tally.pieces += len(arrived)
         self._advanced(read, written)
+        self._judge()
+
+    def _judge(self) -> None:
+        """At the end of a window, have the other connections join if it came slowly."""
+        if self.tally.read < self._window_end:
+            return
+        now = trio.current_time()
+        if FAST * (now - self._window_begun) > WINDOW:
+            self._slow.set()
+        self._window_end, self._window_begun = self.tally.read + WINDOW, now
 
 
 def _parts(batch: Iterable[Extent], buffer: memoryview) -> Iterable[Part]:

@@ -24,6 +24,7 @@ import select
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import Protocol, cast
 
@@ -218,7 +219,11 @@ class Export:
     async def _send(self, call: _Call, view: memoryview, offset: int) -> None:
         """Send the requests for one part, as many at a time as there are slots."""
         for start in range(0, len(view), MAX_REQUEST):
-            await self._slots.acquire()
+            try:
+                # without letting others in between, so that a disk is asked for from its beginning
+                self._slots.acquire_nowait()
+            except trio.WouldBlock:
+                await self._slots.acquire()
             try:
                 self._issue(call, view[start : start + MAX_REQUEST], offset + start)
             except errors.ExportLost:
@@ -357,7 +362,9 @@ class Export:
         watched = cast(socket.socket, self._watched)
         try:
             if self._due >= BULK:
-                await trio.to_thread.run_sync(self._pump, limiter=self._pumping)
+                token = trio.lowlevel.current_trio_token()
+                settle = partial(token.run_sync_soon, self._settle, idempotent=True)
+                await trio.to_thread.run_sync(self._pump, settle, limiter=self._pumping)
             elif self._wants_to_write():
                 await trio.lowlevel.wait_writable(watched)
                 self._handle.aio_notify_write()
@@ -370,15 +377,18 @@ class Export:
             self.lost = self.lost or f"{self.address}: {self._told(exc)}"
         return self._lives()
 
-    def _pump(self) -> None:
-        """Notify libnbd until there is something to settle; in a thread, see ``BULK``.
+    def _pump(self, settle: Callable[[], None]) -> None:
+        """Notify libnbd until nothing is under way; in a thread, see ``BULK``.
 
         Requests are sent meanwhile by trio's thread: a handle has a lock of its own. Whatever is to
         end this ends the connection, which wakes it.
+
+        Args:
+            settle: has ``_settle`` called there, and does not wait for it.
         """
         handle, watched = self._handle, cast(socket.socket, self._watched)
         poller = select.poll()
-        while not (self._finished or handle.aio_is_dead() or handle.aio_is_closed()):
+        while handle.aio_in_flight() and not (handle.aio_is_dead() or handle.aio_is_closed()):
             writing = self._wants_to_write()
             poller.register(watched, select.POLLOUT if writing else select.POLLIN)
             poller.poll()
@@ -387,6 +397,8 @@ class Export:
                 handle.aio_notify_write()
             else:
                 handle.aio_notify_read()
+            if self._finished:
+                settle()
 
     def _wants_to_write(self) -> bool:
         # whenever requests wait to be written, replies are due too (see MAX_IN_FLIGHT)

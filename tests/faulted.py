@@ -25,7 +25,7 @@ from .program import untouched_process
 from .simulated import Api, RunningPool, running_pool
 from .smallvm import Small
 
-LARGE, LITTLE = 24 * units.MiB, 2 * units.MiB
+LARGE, LITTLE = 48 * units.MiB, 2 * units.MiB
 """Sizes of disks: one takes some requests over each connection, the other a single one."""
 
 STEP = 2 * units.MiB

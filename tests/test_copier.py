@@ -25,6 +25,8 @@ def _small_requests() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copier, "REQUEST", PIECE)
         patch.setattr(copier, "DEPTH", 2)
+        patch.setattr(copier, "WINDOW", PIECE)
+        patch.setattr(copier, "FAST", 10**30)  # no connection is fast enough to be left alone
         yield
 
 
@@ -194,6 +196,31 @@ async def test_one_connection_is_enough(content: bytes) -> None:
     await copy(Server(content, iter([refused, 10**6, refused])).connect, image, connections=3)
 
     assert image.content == content
+
+
+@pytest.mark.parametrize(("fast", "connections"), [(0, 1), (10**30, 3)])
+async def test_other_connections_join_a_slow_one(
+    content: bytes, fast: int, connections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copier, "FAST", fast)
+    server, image = Server(content, iter([])), Image()
+
+    await copy(server.connect, image, connections=3)
+
+    assert image.content == content
+    assert server.connections == connections
+
+
+async def test_other_connections_join_at_once_where_one_is_lost(
+    content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copier, "FAST", 0)
+    server, image = Server(content, iter([2])), Image()
+
+    await copy(server.connect, image, connections=3)
+
+    assert image.content == content
+    assert server.connections == 3
 
 
 async def test_an_impostor_on_an_extra_connection_stops_the_copy(content: bytes) -> None:

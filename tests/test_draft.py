@@ -24,7 +24,7 @@ from cbtfs.sync import Outcome, SyncOptions
 from .pools import opened
 from .smallvm import Small, running_small
 
-SIZE = 24 * units.MiB
+SIZE = 40 * units.MiB
 REQUEST = 4 * units.MiB
 DEVICES = ("xvda", "xvdb")
 
@@ -315,7 +315,7 @@ async def test_what_never_gets_further_is_given_up(
     small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(draft, "FRUITLESS", 2)
-    small.pool.set("nbd.fail_read_at", str(SIZE // 2))
+    small.pool.set("nbd.fail_read_at", str(SIZE * 3 // 4))
     async with opened(small.pool) as pool:
         first = await sync(pool, store)
         after_one = partials(store)
