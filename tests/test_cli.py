@@ -278,6 +278,31 @@ def test_run_returns_what_the_work_returns() -> None:
     assert running.run(work) == 42
 
 
+def test_threads_share_their_memory() -> None:
+    program = (
+        "import ctypes, threading\n"
+        "from cbtfs.cli import running\n"
+        "async def work():\n"
+        "    libc, met = ctypes.CDLL(None), threading.Barrier(9)\n"
+        "    libc.malloc.restype = ctypes.c_void_p\n"
+        "    def use():\n"
+        "        libc.malloc(ctypes.c_size_t(1000))\n"
+        "        met.wait()\n"
+        "        met.wait()\n"
+        "    for _ in range(8):\n"
+        "        threading.Thread(target=use).start()\n"
+        "    met.wait()\n"
+        "    libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, 'stdout'))\n"
+        "    libc.fflush(None)\n"
+        "    met.wait()\n"
+        "running.run(work)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.count("<heap nr=") == running.ARENAS
+
+
 def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
