@@ -14,13 +14,13 @@ Sizes are in bytes.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from . import errors, names, rawrecords
+from . import conversion, errors, names, rawrecords
 from .owner import TAG_OWNER, Owned, read_owner, write_owner
 from .records import EPOCH, PIF, READABLE_TYPES, SR, VBD, VDI, VM, Disk, Host, Network, Pool
 
@@ -34,6 +34,7 @@ __all__ = [
     "VBD",
     "VDI",
     "VM",
+    "Assembler",
     "Disk",
     "Host",
     "Inventory",
@@ -49,7 +50,6 @@ CLASSES = ("pool", "host", "SR", "PBD", "SM", "VM", "VBD", "VDI", "network", "PI
 """The classes whose records ``parse`` needs."""
 
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-_DEVICE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
 # ── The inventory ────────────────────────────────────────────────────────────────────────────
@@ -250,53 +250,112 @@ def parse(tables: Mapping[str, bytes]) -> Inventory:
     Raises:
         PoolError: a class is missing or its JSON has another shape; the text names the class.
     """
-    problems: list[str] = []
-    hosts = _decode(tables, "host", dict[str, rawrecords.HostRecord], problems)
-    srs = _decode(tables, "SR", dict[str, rawrecords.SRRecord], problems)
-    vms = _decode(tables, "VM", dict[str, rawrecords.VMRecord], problems)
-    vdis = _decode(tables, "VDI", dict[str, rawrecords.VDIRecord], problems)
-    networks = _decode(tables, "network", dict[str, rawrecords.NetworkRecord])
-    pifs = _decode(tables, "PIF", dict[str, rawrecords.PIFRecord])
-    attached = _attached_hosts(_decode(tables, "PBD", dict[str, rawrecords.PBDRecord]), hosts)
-    tracking = _tracking_types(_decode(tables, "SM", dict[str, rawrecords.SMRecord]))
-    return Inventory(
-        pool=_pool(_decode(tables, "pool", dict[str, rawrecords.PoolRecord])),
-        hosts={ref: _host(ref, raw) for ref, raw in hosts.items()},
-        srs={ref: _sr(ref, raw, attached, tracking) for ref, raw in srs.items()},
-        vms={ref: _vm(ref, raw) for ref, raw in vms.items()},
-        vbds={
-            r: _vbd(r, raw)
-            for r, raw in _decode(tables, "VBD", dict[str, rawrecords.VBDRecord]).items()
-        },
-        vdis={ref: _vdi(ref, raw) for ref, raw in vdis.items()},
-        networks={
-            ref: Network(ref=ref, name=raw.name_label, purpose=raw.purpose)
-            for ref, raw in networks.items()
-        },
-        pifs={ref: _pif(ref, raw) for ref, raw in pifs.items()},
-        problems=tuple(problems),
+    return Assembler().assemble(
+        {
+            "pool": _decode(tables, "pool", dict[str, rawrecords.PoolRecord]),
+            "host": _decode(tables, "host", dict[str, rawrecords.HostRecord]),
+            "SR": _decode(tables, "SR", dict[str, rawrecords.SRRecord]),
+            "PBD": _decode(tables, "PBD", dict[str, rawrecords.PBDRecord]),
+            "SM": _decode(tables, "SM", dict[str, rawrecords.SMRecord]),
+            "VM": _decode(tables, "VM", dict[str, rawrecords.VMRecord]),
+            "VBD": _decode(tables, "VBD", dict[str, rawrecords.VBDRecord]),
+            "VDI": _decode(tables, "VDI", dict[str, rawrecords.VDIRecord]),
+            "network": _decode(tables, "network", dict[str, rawrecords.NetworkRecord]),
+            "PIF": _decode(tables, "PIF", dict[str, rawrecords.PIFRecord]),
+        }
     )
 
 
+class Assembler:
+    """Makes inventories of records, each with what is as before from the one before.
+
+    A record that is the same object as last time is not converted again, so that of 10,000 disks
+    only the few that changed cost something.
+    """
+
+    def __init__(self) -> None:
+        self._vms = _Converted(conversion.vm)
+        self._vbds = _Converted(conversion.vbd)
+        self._vdis = _Converted(conversion.vdi)
+
+    def assemble(self, tables: Mapping[str, Mapping[str, rawrecords.Record]]) -> Inventory:
+        """Return the inventory of these records.
+
+        Args:
+            tables: for each of ``CLASSES`` its records by reference.
+
+        Raises:
+            PoolError: there is no pool record.
+        """
+        problems: list[str] = []
+        hosts = _unique(_table(tables, "host", rawrecords.HostRecord), "host", problems)
+        srs = _unique(_table(tables, "SR", rawrecords.SRRecord), "SR", problems)
+        vms = _unique(_table(tables, "VM", rawrecords.VMRecord), "VM", problems)
+        vdis = _unique(_table(tables, "VDI", rawrecords.VDIRecord), "VDI", problems)
+        vbds = _table(tables, "VBD", rawrecords.VBDRecord)
+        networks = _table(tables, "network", rawrecords.NetworkRecord)
+        pifs = _table(tables, "PIF", rawrecords.PIFRecord)
+        pbds = _table(tables, "PBD", rawrecords.PBDRecord)
+        attached = conversion.attached_hosts(pbds.values(), hosts)
+        drivers = _table(tables, "SM", rawrecords.SMRecord)
+        tracking = conversion.tracking_types(drivers.values())
+        return Inventory(
+            pool=_pool(_table(tables, "pool", rawrecords.PoolRecord)),
+            hosts={ref: conversion.host(ref, raw) for ref, raw in hosts.items()},
+            srs={ref: conversion.sr(ref, raw, attached, tracking) for ref, raw in srs.items()},
+            vms=self._vms.convert(vms),
+            vbds=self._vbds.convert(vbds),
+            vdis=self._vdis.convert(vdis),
+            networks={ref: conversion.network(ref, raw) for ref, raw in networks.items()},
+            pifs={ref: conversion.pif(ref, raw) for ref, raw in pifs.items()},
+            problems=tuple(problems),
+        )
+
+
 _R = TypeVar("_R", bound=rawrecords.Record)
+_C = TypeVar("_C")
+
+
+class _Converted(Generic[_R, _C]):
+    """The records of one class as they were converted last."""
+
+    def __init__(self, convert: Callable[[str, _R], _C]) -> None:
+        self._convert = convert
+        self._known: dict[str, tuple[_R, _C]] = {}
+
+    def convert(self, table: Mapping[str, _R]) -> dict[str, _C]:
+        """Return the records of ``table`` as ours."""
+        found: dict[str, tuple[_R, _C]] = {}
+        for ref, raw in table.items():
+            before = self._known.get(ref)
+            same = before is not None and before[0] is raw
+            found[ref] = before if before and same else (raw, self._convert(ref, raw))
+        self._known = found
+        return {ref: record for ref, (_, record) in found.items()}
 
 
 def _decode(
-    tables: Mapping[str, bytes],
-    name: str,
-    shape: type[dict[str, _R]],
-    problems: list[str] | None = None,
+    tables: Mapping[str, bytes], name: str, shape: type[dict[str, _R]]
+) -> Mapping[str, rawrecords.Record]:
+    if name not in tables:
+        raise errors.PoolError(f"the pool sent no {name} records")
+    return rawrecords.decode(tables[name], shape, name=name)
+
+
+def _table(
+    tables: Mapping[str, Mapping[str, rawrecords.Record]], name: str, shape: type[_R]
 ) -> dict[str, _R]:
-    """Return a class's records; with ``problems`` given, only those with a good uuid of their own.
+    """Return the records of one class in the order of references, so that order tells nothing."""
+    table = tables[name]
+    return {ref: raw for ref, raw in sorted(table.items()) if isinstance(raw, shape)}
+
+
+def _unique(table: Mapping[str, _R], name: str, problems: list[str]) -> dict[str, _R]:
+    """Return the records that have a good uuid of their own.
 
     Uuids become names of files and directories, so one that is none, or a second of its kind, must
     not come in.
     """
-    if name not in tables:
-        raise errors.PoolError(f"the pool sent no {name} records")
-    table = rawrecords.decode(tables[name], shape, name=name)
-    if problems is None:
-        return table
     seen: set[str] = set()
     good: dict[str, _R] = {}
     for ref, raw in table.items():
@@ -310,166 +369,7 @@ def _decode(
     return good
 
 
-def _attached_hosts(
-    pbds: Mapping[str, rawrecords.PBDRecord], hosts: Mapping[str, rawrecords.HostRecord]
-) -> dict[str, tuple[str, ...]]:
-    found: dict[str, set[str]] = {}
-    for pbd in pbds.values():
-        if pbd.currently_attached and pbd.host in hosts:
-            found.setdefault(pbd.SR, set()).add(pbd.host)
-    return {ref: tuple(sorted(refs)) for ref, refs in found.items()}
-
-
-def _tracking_types(drivers: Mapping[str, rawrecords.SMRecord]) -> frozenset[str]:
-    """Return the SR types whose driver tracks changed blocks.
-
-    An SR's ``allowed_operations`` would say it too, but is empty while another operation runs.
-    """
-    return frozenset(sm.type for sm in drivers.values() if "VDI_CONFIG_CBT" in sm.features)
-
-
 def _pool(table: Mapping[str, rawrecords.PoolRecord]) -> Pool:
     for raw in table.values():
-        return Pool(
-            uuid=raw.uuid,
-            name=raw.name_label,
-            master_ref=_ref(raw.master),
-            restrictions=raw.restrictions,
-        )
+        return conversion.pool(raw)
     raise errors.PoolError("the pool sent no pool record")
-
-
-def _host(ref: str, raw: rawrecords.HostRecord) -> Host:
-    return Host(
-        ref=ref,
-        uuid=raw.uuid.lower(),
-        name=raw.name_label,
-        address=raw.address,
-        hostname=raw.hostname,
-        enabled=raw.enabled,
-    )
-
-
-def _sr(
-    ref: str,
-    raw: rawrecords.SRRecord,
-    attached: Mapping[str, tuple[str, ...]],
-    tracking: frozenset[str],
-) -> SR:
-    return SR(
-        ref=ref,
-        uuid=raw.uuid.lower(),
-        name=raw.name_label,
-        type=raw.type,
-        shared=raw.shared,
-        content_type=raw.content_type,
-        allowed_operations=raw.allowed_operations,
-        physical_size=max(0, raw.physical_size),
-        physical_utilisation=max(0, raw.physical_utilisation),
-        host_refs=attached.get(ref, ()),
-        cbt_capable=raw.type in tracking,
-    )
-
-
-def _vm(ref: str, raw: rawrecords.VMRecord) -> VM:
-    return VM(
-        ref=ref,
-        uuid=raw.uuid.lower(),
-        name=raw.name_label,
-        power_state=raw.power_state,
-        is_a_template=raw.is_a_template,
-        is_a_snapshot=raw.is_a_snapshot,
-        is_control_domain=raw.is_control_domain,
-        snapshot_of=_ref(raw.snapshot_of),
-        snapshot_time=_time(raw.snapshot_time),
-        vbd_refs=raw.VBDs,
-        tags=raw.tags,
-        other_config=raw.other_config,
-        resident_on=_ref(raw.resident_on),
-    )
-
-
-def _vbd(ref: str, raw: rawrecords.VBDRecord) -> VBD:
-    return VBD(
-        ref=ref,
-        uuid=raw.uuid.lower(),
-        vm_ref=_ref(raw.VM),
-        vdi_ref=_ref(raw.VDI),
-        device=_device(raw),
-        userdevice=raw.userdevice,
-        type=raw.type,
-        mode=raw.mode,
-        currently_attached=raw.currently_attached,
-        empty=raw.empty,
-    )
-
-
-def _vdi(ref: str, raw: rawrecords.VDIRecord) -> VDI:
-    return VDI(
-        ref=ref,
-        uuid=raw.uuid.lower(),
-        name=raw.name_label,
-        description=raw.name_description,
-        sr_ref=_ref(raw.SR),
-        size=max(0, raw.virtual_size),
-        used=max(0, raw.physical_utilisation),
-        type=raw.type,
-        managed=raw.managed,
-        missing=raw.missing,
-        is_a_snapshot=raw.is_a_snapshot,
-        snapshot_of=_ref(raw.snapshot_of),
-        snapshot_time=_time(raw.snapshot_time),
-        cbt_enabled=raw.cbt_enabled,
-        read_only=raw.read_only,
-        sharable=raw.sharable,
-        on_boot=raw.on_boot,
-        vbd_refs=raw.VBDs,
-        other_config=raw.other_config,
-        tags=raw.tags,
-        allowed_operations=raw.allowed_operations,
-        is_tools_iso=raw.is_tools_iso,
-        location=raw.location,
-        sm_config=raw.sm_config,
-    )
-
-
-def _pif(ref: str, raw: rawrecords.PIFRecord) -> PIF:
-    return PIF(
-        ref=ref,
-        network_ref=_ref(raw.network),
-        host_ref=_ref(raw.host),
-        ip=raw.IP,
-        currently_attached=raw.currently_attached,
-    )
-
-
-def _ref(ref: str) -> str:
-    return "" if ref == "OpaqueRef:NULL" else ref
-
-
-def _time(text: str) -> datetime:
-    """Return xapi's ``20261122T020000Z`` as a time; ``EPOCH`` for what is none."""
-    try:
-        when = datetime.fromisoformat(text)
-        return when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        return EPOCH
-
-
-def _device(raw: rawrecords.VBDRecord) -> str:
-    """Return the disk's name in its VM: ``xvda`` for number 0, ``xvdaa`` for number 26.
-
-    xapi fills ``device`` when the disk is plugged, so that of a VM that never ran has only its
-    number.
-    """
-    if _DEVICE.fullmatch(raw.device):
-        return raw.device
-    if re.fullmatch(r"[0-9]{1,4}", raw.userdevice):
-        number, letters = int(raw.userdevice) + 1, ""
-        while number:
-            number, last = divmod(number - 1, 26)
-            letters = chr(ord("a") + last) + letters
-        return f"xvd{letters}"
-    if _DEVICE.fullmatch(raw.userdevice):
-        return raw.userdevice
-    return "disk"

@@ -10,6 +10,7 @@ both. Such a document is repaired once, slowly: each offender becomes ``_``.
 
 import json
 import re
+from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
@@ -137,7 +138,31 @@ class PIFRecord(Record, frozen=True, gc=False):
     currently_attached: bool = False
 
 
+SHAPES: Mapping[str, type[Record]] = {
+    "pool": PoolRecord,
+    "host": HostRecord,
+    "SR": SRRecord,
+    "PBD": PBDRecord,
+    "SM": SMRecord,
+    "VM": VMRecord,
+    "VBD": VBDRecord,
+    "VDI": VDIRecord,
+    "network": NetworkRecord,
+    "PIF": PIFRecord,
+}
+"""Each class by xapi's name."""
+
 _R = TypeVar("_R", bound=Record)
+_T = TypeVar("_T")
+
+
+def decode_record(data: bytes | memoryview, shape: type[_R], *, name: str) -> _R:
+    """Return one record of the class ``name``.
+
+    Raises:
+        PoolError: ``data`` is no such record.
+    """
+    return _decoded(bytes(data), shape, name)
 
 
 def decode(data: bytes, table: type[dict[str, _R]], *, name: str) -> dict[str, _R]:
@@ -151,18 +176,21 @@ def decode(data: bytes, table: type[dict[str, _R]], *, name: str) -> dict[str, _
     Raises:
         PoolError: ``data`` is no such map.
     """
+    return dict(sorted(_decoded(data, table, name).items()))
+
+
+def _decoded(data: bytes, shape: type[_T], name: str) -> _T:
     try:
         try:
-            found = msgspec.json.decode(data, type=table)
+            return msgspec.json.decode(data, type=shape)
         except msgspec.ValidationError:
             raise
         except ValueError:
-            found = msgspec.json.decode(_repaired(data), type=table)
+            return msgspec.json.decode(_repaired(data), type=shape)
     except (ValueError, RecursionError) as exc:
         raise errors.PoolError(
             f"the pool sent {name} records that cannot be understood: {exc}"
         ) from None
-    return dict(sorted(found.items()))
 
 
 def _repaired(data: bytes) -> bytes:
