@@ -2,22 +2,28 @@
 
 ::
 
-    reader    |--------------------------------------------------|--      size
-    chunks    |   0   |   1   |   2   |   3   |   4   |   5   |  6 |      the last one may be short
-    read                  |=========|                                     touches 1 and 2
+    reader     |------------------------------------------------------------------|--    size
+    CHUNK      |        0        |        1        |        2        |        3   |      of a stream
+    GRAIN      |-|-|-|-|-|-|-|-|-|-| …                                                   of others
+    read 4 KiB          =                                     fetches one grain
+    read more           ======                                fetches the whole chunk
+    in order   ==================                             chunks 1, 2, … are fetched ahead
 
-1. What a reader's ``key`` names never changes: a chunk once read is true for ever. A disk that a
+1. What a reader's ``key`` names never changes: what was once read is true for ever. A disk that a
    guest writes to is not a Reader; a snapshot of it is.
 2. However many ask for a chunk at the same time, one of them fetches it and the others wait. Should
-   the one who fetches be cancelled, one of the waiting takes over; should it fail, all fail.
-3. Chunks are forgotten in the order of their last use. Memory is at most ``limit`` for what is kept
-   and ``FETCHES`` chunks for what is on its way; a reader beyond that waits.
-
-The kernel asks for 128 KiB at a time while a server is fast at 1 MiB and more, hence the chunk.
-Read-ahead will be a second caller of ``Cache.read``: rule 2 makes it meet the first.
+   the one who fetches be cancelled, one of the waiting takes over; should it fail, all fail. What
+   is fetched ahead belongs to the cache: nobody's cancellation ends it.
+3. Chunks are forgotten in the order of their last use. Memory is at most ``limit`` for what is
+   kept, half of which at most for what was fetched ahead and not asked for yet, ``FETCHES`` chunks
+   on their way, half of them ahead, and a few spare buffers; a reader beyond that waits.
+4. Buffers are used again: a view that ``read`` returns is true until the next checkpoint.
 """
 
-from collections import OrderedDict
+import mmap
+from collections import OrderedDict, defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,15 +31,22 @@ import trio
 
 from . import extents, units
 from .extents import Extent
+from .readahead import Streams
 
 CHUNK = units.MiB
-"""Bytes fetched at a time; a multiple of every sector size, as NBD servers of hosts demand."""
+"""Bytes fetched at a time for a stream: servers are fast from here on."""
 
-LIMIT = 64 * units.MiB
+GRAIN = 64 * units.KiB
+"""Bytes fetched at a time where there is no order; a multiple of every sector size."""
+
+LIMIT = 96 * units.MiB
 """Bytes kept by default: what a few dozen sequential readers have before them."""
 
 FETCHES = 32
 """Chunks on their way at the same time, over all readers."""
+
+STALE = 5.0
+"""Seconds after which what was fetched ahead and not asked for makes room for other streams."""
 
 
 class Reader(Protocol):
@@ -54,36 +67,55 @@ class Reader(Protocol):
         ...
 
 
-_Key = tuple[str, int]
+_Key = tuple[str, int, int]
+"""Name of the contents, size of the chunk, and its number."""
 
 
 @dataclass(slots=True, eq=False)
 class _Fetch:
-    """A chunk on its way; exactly one of ``data`` and ``error`` is set unless it was cancelled."""
+    """A chunk on its way, for which ``waiting`` readers wait; ``error`` says why it failed."""
 
     done: trio.Event = field(default_factory=trio.Event)
-    data: memoryview | None = None
     error: Exception | None = None
+    waiting: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """A chunk kept: ``data`` is the used part of ``buffer``, ``fetch`` how it came."""
+
+    data: memoryview
+    buffer: memoryview
+    fetch: _Fetch
 
 
 class Cache:
-    """Chunks of any number of readers.
+    """Chunks of any number of readers; made by ``open_cache``.
 
     ``_chunks`` and ``_fetches`` change only between awaits, each together with the other, so that a
     chunk is in one of them or in neither.
 
     Args:
+        nursery: what is fetched ahead runs here.
         limit: bytes to keep.
-        chunk: bytes to fetch at a time.
+        chunk, grain: bytes to fetch at a time.
     """
 
-    def __init__(self, *, limit: int = LIMIT, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, *, limit: int = LIMIT, chunk: int = CHUNK, grain: int = GRAIN
+    ) -> None:
+        self._nursery = nursery
         self._limit = limit
         self._chunk = chunk
-        self._chunks: OrderedDict[_Key, memoryview] = OrderedDict()
+        self._grain = grain
+        self._chunks: OrderedDict[_Key, _Chunk] = OrderedDict()
         self._fetches: dict[_Key, _Fetch] = {}
+        self._unread: OrderedDict[_Key, float] = OrderedDict()  # fetched ahead, and since when
         self._kept = 0
-        self._room = trio.CapacityLimiter(FETCHES)
+        self._free: dict[int, list[memoryview]] = defaultdict(list)
+        self._spare = 0
+        self._room = trio.CapacityLimiter(FETCHES // 2)
+        self._room_ahead = trio.CapacityLimiter(FETCHES // 2)
 
     def __repr__(self) -> str:
         kept, limit = units.format_size(self._kept), units.format_size(self._limit)
@@ -94,10 +126,18 @@ class Cache:
         """Bytes kept now."""
         return self._kept
 
-    async def read(self, reader: Reader, *, offset: int, length: int) -> bytes | memoryview:
+    async def read(
+        self, reader: Reader, *, offset: int, length: int, streams: Streams | None = None
+    ) -> bytes | bytearray | memoryview:
         """Return the bytes of ``reader`` at ``offset``: ``length`` of them, fewer at its end.
 
-        A view into one chunk where that is possible: it is true for ever, and not to be written to.
+        A view into one chunk where that is possible, not to be written to; see rule 4.
+
+        Args:
+            reader: what to read.
+            offset: in bytes.
+            length: in bytes.
+            streams: those of the open file, to fetch ahead of; None does not.
 
         Raises:
             Exception: whatever ``reader.read_into`` raises; nothing of it is kept.
@@ -105,52 +145,152 @@ class Cache:
         wanted = Extent(offset, min(offset + length, reader.size))
         if wanted.start >= wanted.stop:
             return b""
-        parts: list[memoryview] = []
-        for piece in extents.split([wanted], size=self._chunk):
-            index, start = divmod(piece.start, self._chunk)
-            chunk = await self._get(reader, index)
-            parts.append(chunk[start : start + piece.length])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        in_order = streams is not None and self._fetch_ahead(reader, wanted, streams)
+        pieces = [
+            (key, piece)
+            for part in extents.split([wanted], size=self._chunk)
+            for key, piece in self._keys(reader, part, in_order=in_order)
+        ]
+        if len(pieces) == 1:
+            key, piece = pieces[0]
+            return _cut(await self._get(reader, key), key, piece)
+        whole = bytearray(wanted.length)
+        for key, piece in pieces:
+            data = await self._get(reader, key)
+            at = piece.start - wanted.start
+            whole[at : at + piece.length] = _cut(data, key, piece)
+        return whole
 
-    async def _get(self, reader: Reader, index: int) -> memoryview:
-        key = (reader.key, index)
+    def _keys(self, reader: Reader, part: Extent, *, in_order: bool) -> list[tuple[_Key, Extent]]:
+        """Return the chunk that has ``part``, a part of a large one, or else the grain to fetch."""
+        large = (reader.key, self._chunk, part.start // self._chunk)
+        one_grain = part.start // self._grain == (part.stop - 1) // self._grain
+        if in_order or not one_grain or large in self._chunks or large in self._fetches:
+            return [(large, part)]
+        return [((reader.key, self._grain, part.start // self._grain), part)]
+
+    # ── fetching what is asked for ───────────────────────────────────────────────────────────────
+
+    async def _get(self, reader: Reader, key: _Key) -> memoryview:
         while True:
             chunk = self._chunks.get(key)
             if chunk is not None:
                 self._chunks.move_to_end(key)
-                return chunk
+                self._unread.pop(key, None)
+                return chunk.data
             fetch = self._fetches.get(key)
             if fetch is None:
-                return await self._fetch(reader, key)
-            await fetch.done.wait()
+                return await self._fetch(reader, key, self._begin(key), self._room)
+            fetch.waiting += 1
+            try:
+                await fetch.done.wait()
+            finally:
+                fetch.waiting -= 1
             if fetch.error is not None:
                 raise fetch.error
-            if fetch.data is not None:  # it may have been forgotten since
-                return fetch.data
 
-    async def _fetch(self, reader: Reader, key: _Key) -> memoryview:
+    def _begin(self, key: _Key) -> _Fetch:
+        """Note that a chunk is on its way: whoever wants it from now on waits for it."""
         fetch = self._fetches[key] = _Fetch()
+        return fetch
+
+    async def _fetch(
+        self, reader: Reader, key: _Key, fetch: _Fetch, room: trio.CapacityLimiter
+    ) -> memoryview:
+        _, size, index = key
+        buffer = None
         try:
-            async with self._room:
-                fetch.data = await self._read_chunk(reader, key[1])
-        except Exception as error:
-            fetch.error = error
+            async with room:
+                buffer = self._buffer(size)
+                data = buffer[: min(size, reader.size - index * size)]
+                await reader.read_into(data, index * size)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                fetch.error = error
+            if buffer is not None:
+                self._give(buffer)
+            self._unread.pop(key, None)
             raise
         finally:
             del self._fetches[key]
             fetch.done.set()
-        self._keep(key, fetch.data)
-        return fetch.data
+        chunk = _Chunk(data.toreadonly(), buffer, fetch)
+        self._keep(key, chunk)
+        return chunk.data
 
-    async def _read_chunk(self, reader: Reader, index: int) -> memoryview:
-        start = index * self._chunk
-        buffer = bytearray(min(self._chunk, reader.size - start))
-        await reader.read_into(buffer, start)
-        return memoryview(buffer).toreadonly()
+    # ── fetching ahead ───────────────────────────────────────────────────────────────────────────
 
-    def _keep(self, key: _Key, data: memoryview) -> None:
-        self._chunks[key] = data
-        self._kept += len(data)
-        while self._kept > self._limit:
-            _, dropped = self._chunks.popitem(last=False)
-            self._kept -= len(dropped)
+    def _fetch_ahead(self, reader: Reader, wanted: Extent, streams: Streams) -> bool:
+        """Start to fetch what a stream will want; return whether ``wanted`` is part of one."""
+        stream, due = streams.note(*wanted)
+        if due.length:
+            for index in range(due.start // self._chunk, -(-due.stop // self._chunk)):
+                if not self._start(reader, (reader.key, self._chunk, index)):
+                    break
+                streams.fetched(stream, min((index + 1) * self._chunk, reader.size))
+        return stream.window > 0
+
+    def _start(self, reader: Reader, key: _Key) -> bool:
+        """Start to fetch a chunk ahead unless it is there; return False if there is no room."""
+        if key in self._chunks or key in self._fetches:
+            return True
+        if len(self._unread) * self._chunk >= self._limit // 2:
+            oldest = next(iter(self._unread))
+            if trio.current_time() - self._unread[oldest] < STALE:
+                return False
+            del self._unread[oldest]
+        self._unread[key] = trio.current_time()
+        self._nursery.start_soon(self._ahead, reader, key, self._begin(key))
+        return True
+
+    async def _ahead(self, reader: Reader, key: _Key, fetch: _Fetch) -> None:
+        with suppress(Exception):  # those who wait for it are told, and the next one tries again
+            await self._fetch(reader, key, fetch, self._room_ahead)
+
+    # ── memory ───────────────────────────────────────────────────────────────────────────────────
+
+    def _keep(self, key: _Key, chunk: _Chunk) -> None:
+        self._chunks[key] = chunk
+        self._kept += len(chunk.buffer)
+        if self._kept <= self._limit:
+            return
+        for old, kept in list(self._chunks.items()):
+            if kept.fetch.waiting:  # not to be used again before they have seen it
+                continue
+            del self._chunks[old]
+            self._unread.pop(old, None)
+            self._kept -= len(kept.buffer)
+            self._give(kept.buffer)
+            if self._kept <= self._limit:
+                return
+
+    def _buffer(self, size: int) -> memoryview:
+        free = self._free[size]
+        if free:
+            self._spare -= size
+            return free.pop()
+        return memoryview(mmap.mmap(-1, size))
+
+    def _give(self, buffer: memoryview) -> None:
+        if self._spare + len(buffer) <= self._chunk * FETCHES // 4:
+            self._free[len(buffer)].append(buffer)
+            self._spare += len(buffer)
+
+
+@asynccontextmanager
+async def open_cache(*, limit: int = LIMIT) -> AsyncGenerator[Cache]:
+    """Yield a cache of ``limit`` bytes; on exit nothing is fetched any more."""
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield Cache(nursery, limit=limit)
+        except Exception as exc:  # carried out of the nursery, which would put it in a group
+            failure = exc
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+def _cut(data: memoryview, key: _Key, piece: Extent) -> memoryview:
+    start = piece.start - key[1] * key[2]
+    return data[start : start + piece.length]

@@ -19,8 +19,9 @@ What a user sees of a live disk:
    guest before the copy must not get a copy from before the freeze. The earlier snapshot then goes
    at once, so that at most one per disk stays, however often it is opened.
 4. A snapshot that is no longer read stays for ``linger`` seconds, for whoever wants to compare a
-   copy with it; then, or at the end of the mount, it is destroyed. What a killed process left is
-   removed by the next one on the same machine (``remove_leftovers``).
+   copy with it, its connections for a moment only; then, or at the end of the mount, it is
+   destroyed. What a killed process left is removed by the next one on the same machine
+   (``remove_leftovers``).
 
 A snapshot VDI needs no instant, but its connection is kept in the same way, to be used again.
 """
@@ -184,6 +185,8 @@ class Disks:
             source = self._newest[vdi.ref] = Source(self, vdi, size, previous=source)
         source.files += 1
         source.idle.deadline = float("inf")
+        if source.instant is not None and source.instant.ref:
+            self._connections.want(source.instant.ref)
         return source
 
     def close(self, source: Source) -> None:
@@ -193,6 +196,7 @@ class Disks:
             return
         if source.instant is not None:
             source.idle.deadline = trio.current_time() + self._options.linger
+            self._connections.leave(source.instant.ref)
         elif source.previous is not None:
             self._newest[source.vdi.ref] = source.previous
         else:
@@ -257,6 +261,8 @@ class Disks:
         try:
             with instant.task:
                 instant.ref = await self._take(source.vdi)
+                if source.files:
+                    self._connections.want(instant.ref)
                 instant.ready.set()
                 with source.idle:
                     await trio.sleep_forever()

@@ -32,6 +32,7 @@ from . import __version__, errors, units
 from .cache import Cache
 from .disks import Disks, Source
 from .inventory import VDI, Inventory
+from .readahead import Streams
 from .tree import Node, Tree
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ class _File:
     node: Node
     pid: int
     source: Source | None = None
+    streams: Streams | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -251,6 +253,7 @@ class Filesystem(pyfuse3.Operations):
             if not self._disks.allows(vdi):
                 raise pyfuse3.FUSEError(errno.EPERM)
             file.source = self._disks.open(vdi, size=node.size)
+            file.streams = Streams(node.size)
             keep_cache = vdi.is_a_snapshot or file.source.instant is not None
             if file.source.files == 1:
                 self.failures.forget(node.name)
@@ -265,7 +268,9 @@ class Filesystem(pyfuse3.Operations):
         if file.source is None:
             return file.node.content[off : off + size]
         with self._waiting(file.pid):
-            data = await self._cache.read(file.source, offset=off, length=size)
+            data = await self._cache.read(
+                file.source, offset=off, length=size, streams=file.streams
+            )
         # pyfuse3 takes any buffer, and copies it before anything else happens
         return cast("bytes", data)
 

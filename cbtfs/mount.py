@@ -28,7 +28,6 @@ import trio
 
 from . import cache, disks, errors, fuse, mountpoint as mountpoints, tree, units
 from .background import announce_end, announce_ready, start_background
-from .cache import Cache
 from .catalogue import Catalogue
 from .disks import DiskOptions, Pool
 from .fuse import Filesystem
@@ -64,12 +63,14 @@ class MountOptions:
             it to root; to others only if ``user_allow_other`` is in ``/etc/fuse.conf``.
         timeout: seconds until a read fails.
         cache: bytes of disks to keep in memory.
+        tune: whether the kernel is to read further ahead, where it lets us say so.
         disks: how disks are read: ``live``, ``linger``, ``connections``.
     """
 
     allow_other: bool = field(default_factory=lambda: os.geteuid() == 0)
     timeout: float = fuse.TIMEOUT
     cache: int = cache.LIMIT
+    tune: bool = True
     disks: DiskOptions = field(default_factory=DiskOptions)
 
     @classmethod
@@ -100,6 +101,12 @@ def _with_live(options: MountOptions, value: str) -> MountOptions:
     return replace(options, disks=replace(options.disks, live=value == "snapshot"))
 
 
+def _with_tune(options: MountOptions, value: str) -> MountOptions:
+    if value not in {"on", "off"}:
+        raise errors.UsageError(f"-o tune={value} is unknown; write tune=on or tune=off")
+    return replace(options, tune=value == "on")
+
+
 def _with_linger(options: MountOptions, value: str) -> MountOptions:
     linger = units.parse_duration(value)
     return replace(options, disks=replace(options.disks, linger=linger))
@@ -116,6 +123,7 @@ _OPTIONS: dict[str, Callable[[MountOptions, str], MountOptions]] = {
     "timeout": lambda options, value: replace(options, timeout=units.parse_duration(value)),
     "cache": lambda options, value: replace(options, cache=units.parse_size(value)),
     "live": _with_live,
+    "tune": _with_tune,
     "linger": _with_linger,
     "connections": _with_connections,
 }
@@ -165,20 +173,25 @@ async def serve(
     )
     with trio.move_on_after(LEFTOVERS_LIMIT):
         await disks.remove_leftovers(pool, inventory)
-    async with disks.open_disks(pool, options=options.disks) as opened:
+    async with (
+        disks.open_disks(pool, options=options.disks) as opened,
+        cache.open_cache(limit=options.cache) as kept,
+    ):
         filesystem = Filesystem(
             names,
             inventory=inventory,
             disks=opened,
-            cache=Cache(limit=options.cache),
+            cache=kept,
             timeout=options.timeout,
         )
         with _mounted(filesystem, path, options=_kernel_options(inventory, options)):
-            await _answer(filesystem, path, ready=ready)
+            await _answer(filesystem, path, tuned=options.tune, ready=ready)
         announce_end()
 
 
-async def _answer(filesystem: Filesystem, path: Path, *, ready: Callable[[], None]) -> None:
+async def _answer(
+    filesystem: Filesystem, path: Path, *, tuned: bool, ready: Callable[[], None]
+) -> None:
     """Answer the kernel until the file system is unmounted or a signal comes."""
     async with trio.open_nursery() as nursery:
         stop = nursery.cancel_scope.cancel
@@ -187,6 +200,8 @@ async def _answer(filesystem: Filesystem, path: Path, *, ready: Callable[[], Non
         nursery.start_soon(filesystem.watch_readers)
         # the kernel's first question has been answered when this returns
         await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
+        if tuned and await trio.to_thread.run_sync(mountpoints.tune, path, abandon_on_cancel=True):
+            log.debug("the kernel reads ahead by %s", units.format_size(mountpoints.READ_AHEAD))
         ready()
 
 

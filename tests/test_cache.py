@@ -1,13 +1,16 @@
 """Tests of cbtfs.cache: one fetch per chunk, bounded memory, no way to hang or to lose a reader."""
 
+import random
 from dataclasses import dataclass, field
 
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings, strategies as st
 
-from cbtfs import cache, errors
-from cbtfs.cache import Cache
+from cbtfs import cache, errors, readahead
+from cbtfs.cache import Cache, open_cache
+from cbtfs.readahead import Streams
 
 CHUNK = 16
 
@@ -41,8 +44,13 @@ def reader() -> SlowReader:
     return reader
 
 
-def small(*, chunks: int = 4) -> Cache:
-    return Cache(limit=chunks * CHUNK, chunk=CHUNK)
+def small(nursery: trio.Nursery, *, chunks: int = 4) -> Cache:
+    return Cache(nursery, limit=chunks * CHUNK, chunk=CHUNK, grain=CHUNK)
+
+
+def fine(nursery: trio.Nursery, *, chunks: int = 8) -> Cache:
+    """A cache whose chunks have four grains."""
+    return Cache(nursery, limit=chunks * CHUNK, chunk=CHUNK, grain=CHUNK // 4)
 
 
 @pytest.mark.parametrize(
@@ -60,25 +68,33 @@ def small(*, chunks: int = 4) -> Cache:
     ],
 )
 async def test_a_read_fetches_the_chunks_it_touches(
-    reader: SlowReader, offset: int, length: int, asked: list[tuple[int, int]]
+    reader: SlowReader,
+    offset: int,
+    length: int,
+    asked: list[tuple[int, int]],
+    nursery: trio.Nursery,
 ) -> None:
-    data = await small().read(reader, offset=offset, length=length)
+    data = await small(nursery).read(reader, offset=offset, length=length)
 
     assert bytes(data) == reader.data[offset : offset + length]
     assert reader.asked == asked
 
 
-async def test_the_second_read_of_a_chunk_asks_nobody(reader: SlowReader) -> None:
-    chunks = small()
+async def test_the_second_read_of_a_chunk_asks_nobody(
+    reader: SlowReader, nursery: trio.Nursery
+) -> None:
+    chunks = small(nursery)
     await chunks.read(reader, offset=0, length=4)
 
     assert bytes(await chunks.read(reader, offset=4, length=8)) == reader.data[4:12]
     assert reader.asked == [(0, 16)]
 
 
-async def test_readers_of_one_key_share_chunks_and_others_do_not(reader: SlowReader) -> None:
+async def test_readers_of_one_key_share_chunks_and_others_do_not(
+    reader: SlowReader, nursery: trio.Nursery
+) -> None:
     other = SlowReader(key="other", data=bytes(100), gate=reader.gate)
-    chunks = small()
+    chunks = small(nursery)
     await chunks.read(reader, offset=0, length=1)
 
     assert bytes(await chunks.read(other, offset=0, length=1)) == b"\0"
@@ -86,15 +102,15 @@ async def test_readers_of_one_key_share_chunks_and_others_do_not(reader: SlowRea
     assert other.asked == [(0, 16)]
 
 
-async def test_many_who_wait_for_one_chunk_make_one_fetch() -> None:
-    reader, chunks, got = SlowReader(), small(), list[bytes]()
+async def test_many_who_wait_for_one_chunk_make_one_fetch(nursery: trio.Nursery) -> None:
+    reader, chunks, got = SlowReader(), small(nursery), list[bytes]()
 
     async def read() -> None:
         got.append(bytes(await chunks.read(reader, offset=2, length=3)))
 
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as readers:
         for _ in range(64):
-            nursery.start_soon(read)
+            readers.start_soon(read)
         await trio.testing.wait_all_tasks_blocked()
         reader.gate.set()
 
@@ -102,18 +118,18 @@ async def test_many_who_wait_for_one_chunk_make_one_fetch() -> None:
     assert reader.asked == [(0, 16)]
 
 
-async def test_a_waiter_takes_over_from_a_cancelled_fetch() -> None:
-    reader, chunks, got = SlowReader(), small(), list[bytes]()
+async def test_a_waiter_takes_over_from_a_cancelled_fetch(nursery: trio.Nursery) -> None:
+    reader, chunks, got = SlowReader(), small(nursery), list[bytes]()
 
     async def read(scope: trio.CancelScope) -> None:
         with scope:
             got.append(bytes(await chunks.read(reader, offset=0, length=3)))
 
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as readers:
         first = trio.CancelScope()
-        nursery.start_soon(read, first)
+        readers.start_soon(read, first)
         await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(read, trio.CancelScope())
+        readers.start_soon(read, trio.CancelScope())
         await trio.testing.wait_all_tasks_blocked()
         first.cancel()
         await trio.testing.wait_all_tasks_blocked()
@@ -123,8 +139,10 @@ async def test_a_waiter_takes_over_from_a_cancelled_fetch() -> None:
     assert reader.asked == [(0, 16), (0, 16)]
 
 
-async def test_all_who_wait_for_a_failing_fetch_fail_and_the_next_tries_again() -> None:
-    reader, chunks, failed = SlowReader(error=errors.ExportError("no")), small(), list[str]()
+async def test_all_who_wait_for_a_failing_fetch_fail_and_the_next_tries_again(
+    nursery: trio.Nursery,
+) -> None:
+    reader, chunks, failed = SlowReader(error=errors.ExportError("no")), small(nursery), list[str]()
 
     async def read() -> None:
         try:
@@ -132,9 +150,9 @@ async def test_all_who_wait_for_a_failing_fetch_fail_and_the_next_tries_again() 
         except errors.ExportError as error:
             failed.append(str(error))
 
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as readers:
         for _ in range(3):
-            nursery.start_soon(read)
+            readers.start_soon(read)
         await trio.testing.wait_all_tasks_blocked()
         reader.gate.set()
     reader.error = None
@@ -144,8 +162,8 @@ async def test_all_who_wait_for_a_failing_fetch_fail_and_the_next_tries_again() 
     assert len(reader.asked) == 2
 
 
-async def test_what_was_used_last_stays(reader: SlowReader) -> None:
-    chunks = small(chunks=2)
+async def test_what_was_used_last_stays(reader: SlowReader, nursery: trio.Nursery) -> None:
+    chunks = small(nursery, chunks=2)
     for offset in (0, 16, 0, 32):
         await chunks.read(reader, offset=offset, length=1)
     reader.asked.clear()
@@ -156,36 +174,38 @@ async def test_what_was_used_last_stays(reader: SlowReader) -> None:
     assert reader.asked == [(16, 16)]
 
 
-async def test_no_more_than_the_limit_is_kept(reader: SlowReader) -> None:
-    chunks = small(chunks=3)
+async def test_no_more_than_the_limit_is_kept(reader: SlowReader, nursery: trio.Nursery) -> None:
+    chunks = small(nursery, chunks=3)
 
     for offset in range(0, 100, CHUNK):
         await chunks.read(reader, offset=offset, length=1)
         assert chunks.kept <= 3 * CHUNK
 
-    assert chunks.kept == 2 * CHUNK + 4  # the last chunk is short
-    assert repr(chunks) == "<Cache 36 B of 48 B, 0 on their way>"
+    assert chunks.kept == 3 * CHUNK
+    assert repr(chunks) == "<Cache 48 B of 48 B, 0 on their way>"
 
 
-async def test_a_cache_too_small_for_a_chunk_still_reads(reader: SlowReader) -> None:
-    chunks = Cache(limit=1, chunk=CHUNK)
+async def test_a_cache_too_small_for_a_chunk_still_reads(
+    reader: SlowReader, nursery: trio.Nursery
+) -> None:
+    chunks = Cache(nursery, limit=1, chunk=CHUNK, grain=CHUNK)
 
     assert bytes(await chunks.read(reader, offset=10, length=30)) == reader.data[10:40]
     assert chunks.kept == 0
 
 
-async def test_fetches_on_their_way_are_bounded() -> None:
+async def test_fetches_on_their_way_are_bounded(nursery: trio.Nursery) -> None:
     reader = SlowReader(data=bytes(CHUNK * 100))
-    chunks = small(chunks=200)
+    chunks = small(nursery, chunks=200)
 
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as readers:
         for index in range(100):
-            nursery.start_soon(read_at, chunks, reader, index * CHUNK)
+            readers.start_soon(read_at, chunks, reader, index * CHUNK)
         await trio.testing.wait_all_tasks_blocked()
         asked = len(reader.asked)
         reader.gate.set()
 
-    assert asked == cache.FETCHES
+    assert asked == cache.FETCHES // 2
     assert len(reader.asked) == 100
 
 
@@ -193,8 +213,186 @@ async def read_at(chunks: Cache, reader: SlowReader, offset: int) -> None:
     await chunks.read(reader, offset=offset, length=1)
 
 
-async def test_what_a_read_returned_cannot_be_written_to(reader: SlowReader) -> None:
-    data = await small().read(reader, offset=0, length=4)
+async def test_what_a_read_returned_cannot_be_written_to(
+    reader: SlowReader, nursery: trio.Nursery
+) -> None:
+    data = await small(nursery).read(reader, offset=0, length=4)
 
     assert isinstance(data, memoryview)
     assert data.readonly
+
+
+# ── without order ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "asked"),
+    [
+        (20, 4, [(20, 4)]),
+        (21, 2, [(20, 4)]),
+        (22, 4, [(16, 16)]),  # two grains: then rather one request for all of the chunk
+        (30, 4, [(28, 4), (32, 4)]),
+        (99, 1, [(96, 4)]),
+    ],
+)
+async def test_a_short_read_without_order_fetches_little(
+    reader: SlowReader,
+    offset: int,
+    length: int,
+    asked: list[tuple[int, int]],
+    nursery: trio.Nursery,
+) -> None:
+    chunks = fine(nursery)
+
+    assert (
+        bytes(await chunks.read(reader, offset=offset, length=length))
+        == (reader.data[offset : offset + length])
+    )
+    assert reader.asked == asked
+
+
+async def test_a_grain_is_taken_from_its_chunk_if_that_is_there(
+    reader: SlowReader, nursery: trio.Nursery
+) -> None:
+    chunks = fine(nursery)
+    await chunks.read(reader, offset=16, length=16)
+
+    assert bytes(await chunks.read(reader, offset=20, length=2)) == reader.data[20:22]
+    assert reader.asked == [(16, 16)]
+
+
+# ── in order ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def long() -> SlowReader:
+    reader = SlowReader(data=random.Random(1).randbytes(64 * CHUNK + 5))
+    reader.gate.set()
+    return reader
+
+
+async def settled() -> None:
+    await trio.testing.wait_all_tasks_blocked()
+
+
+@pytest.fixture(autouse=True)
+def _short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "FIRST", CHUNK)
+    monkeypatch.setattr(readahead, "SLACK", 0)
+
+
+async def test_a_file_read_in_order_is_fetched_ahead_and_once(
+    long: SlowReader, nursery: trio.Nursery
+) -> None:
+    chunks, streams = fine(nursery, chunks=32), Streams(long.size, most=8 * CHUNK)
+    got, ahead = b"", 0
+    for offset in range(0, long.size, 6):
+        got += await chunks.read(long, offset=offset, length=6, streams=streams)
+        await settled()
+        ahead = max(ahead, max(start + length for start, length in long.asked) - len(got))
+
+    assert got == long.data
+    assert ahead >= 7 * CHUNK
+    starts = [start for start, _ in long.asked]
+    assert len(starts) == len(set(starts))
+    assert sum(length for _, length in long.asked) == long.size
+
+
+async def test_what_is_ahead_and_not_asked_for_is_bounded(
+    long: SlowReader, nursery: trio.Nursery
+) -> None:
+    chunks, streams = fine(nursery, chunks=8), Streams(long.size, most=32 * CHUNK)
+    for offset in range(0, 16 * CHUNK, CHUNK):
+        await chunks.read(long, offset=offset, length=CHUNK, streams=streams)
+        await settled()
+
+        assert len(long.asked) * CHUNK <= offset + CHUNK + 4 * CHUNK
+        assert chunks.kept <= 8 * CHUNK
+    assert len(long.asked) >= 16 + 3
+
+
+async def test_what_nobody_asked_for_makes_room_for_others(
+    long: SlowReader, nursery: trio.Nursery, autojump_clock: trio.abc.Clock
+) -> None:
+    chunks, left = fine(nursery, chunks=8), Streams(long.size)
+    other = SlowReader(key="other", data=long.data, gate=long.gate)
+    for offset in range(0, 8 * CHUNK, CHUNK):
+        await chunks.read(long, offset=offset, length=CHUNK, streams=left)
+    await settled()
+    await trio.sleep(cache.STALE)
+
+    streams = Streams(other.size)
+    for offset in range(0, 4 * CHUNK, CHUNK):
+        await chunks.read(other, offset=offset, length=CHUNK, streams=streams)
+    await settled()
+
+    assert len(other.asked) > 4
+
+
+async def test_a_cancelled_reader_does_not_end_what_is_fetched_ahead(
+    long: SlowReader, nursery: trio.Nursery
+) -> None:
+    chunks, streams = fine(nursery), Streams(long.size)
+    await chunks.read(long, offset=0, length=CHUNK, streams=streams)
+    long.gate = trio.Event()
+    await settled()
+    with trio.move_on_after(0):
+        await chunks.read(long, offset=CHUNK, length=CHUNK, streams=streams)
+    await settled()
+    asked = len(long.asked)
+    long.gate.set()
+    await settled()
+
+    assert await chunks.read(long, offset=CHUNK, length=CHUNK) == long.data[CHUNK : 2 * CHUNK]
+    assert len(long.asked) == asked
+
+
+async def test_what_failed_ahead_is_told_to_those_who_wait_and_tried_again(
+    long: SlowReader, nursery: trio.Nursery
+) -> None:
+    chunks, streams = fine(nursery), Streams(long.size)
+    long.error = errors.ExportError("no")
+    with pytest.raises(errors.ExportError):
+        await chunks.read(long, offset=0, length=1, streams=streams)
+    await settled()
+    long.error = None
+
+    assert await chunks.read(long, offset=CHUNK, length=2) == long.data[CHUNK : CHUNK + 2]
+
+
+async def test_closing_ends_what_is_fetched_ahead(long: SlowReader) -> None:
+    streams = Streams(long.size)
+    with trio.fail_after(5):
+        async with open_cache() as chunks:
+            await chunks.read(long, offset=0, length=1, streams=streams)
+            long.gate = trio.Event()
+            await chunks.read(long, offset=1, length=1, streams=streams)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 640), st.integers(0, 40)), max_size=40),
+    st.integers(1, 12),
+    st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=60)
+async def test_whatever_is_read_however_is_right(
+    reads: list[tuple[int, int]], chunks: int, files: int
+) -> None:
+    data = random.Random(2).randbytes(610)
+
+    async def read(cache_: Cache, number: int) -> None:
+        reader = SlowReader(data=data)
+        reader.gate.set()
+        streams = Streams(reader.size, most=4 * CHUNK)
+        for offset, length in reads[number:] + reads[:number]:
+            got = await cache_.read(reader, offset=offset, length=length, streams=streams)
+            assert got == data[offset : offset + length]
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        made = fine(nursery, chunks=chunks)
+        async with trio.open_nursery() as readers:
+            for number in range(files):
+                readers.start_soon(read, made, number)
+        assert made.kept <= chunks * CHUNK
+        nursery.cancel_scope.cancel()

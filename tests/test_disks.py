@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from cbtfs import disks as disks_module, errors, process
+from cbtfs import connections, disks as disks_module, errors, process
 from cbtfs.disks import DiskOptions, Disks, Source, open_disks
 from cbtfs.inventory import VDI, Owned
 from tests import memory
@@ -173,8 +173,8 @@ async def test_the_connection_to_a_snapshot_is_used_again(
         source = disks.open(SNAPSHOT, size=SNAPSHOT.size)
         await first_bytes(source)
         disks.close(source)
-        await trio.sleep(50)
-    await trio.sleep(11)
+        await trio.sleep(connections.IDLE - 1)
+    await trio.sleep(2)
 
     assert pool.opened == {SNAPSHOT.ref: 1}
     assert pool.open_now == set()
