@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -25,6 +25,7 @@ class Run:
         rss: the most memory the client had, in bytes.
         busy: processors that were busy meanwhile, with everything on the machine.
         copying: seconds of the copying alone, where the client says so.
+        reader_cpu: processor seconds of those who read from the client, where it is a mount.
     """
 
     seconds: float
@@ -33,6 +34,7 @@ class Run:
     rss: int
     busy: float
     copying: float | None = None
+    reader_cpu: float | None = None
 
 
 @dataclass
@@ -45,10 +47,15 @@ class Series:
         """Return the median of one figure of the runs."""
         return statistics.median(getattr(run, name) for run in self.runs)
 
+    def medians(self) -> Run:
+        """Return the median of each figure, as if it were a run."""
+        names = [one.name for one in fields(Run) if getattr(self.runs[0], one.name) is not None]
+        return Run(**{name: self.median(name) for name in names})
+
     def as_json(self) -> dict[str, object]:
         """Return runs and medians."""
         names = ["seconds", "cpu", "server_cpu", "rss", "busy"]
-        names += ["copying"] if self.runs[0].copying is not None else []
+        names += [n for n in ("copying", "reader_cpu") if getattr(self.runs[0], n) is not None]
         median = {name: round(self.median(name), 3) for name in names}
         return {"median": median, "runs": [asdict(run) for run in self.runs]}
 
@@ -64,11 +71,11 @@ def timed(command: Sequence[str | Path], *, server: int = 0) -> tuple[Run, str]:
     with tempfile.NamedTemporaryFile("r") as costs:
         # GNU time starts it from a process so small that it does not count as its memory
         whole = ["/usr/bin/time", "-q", "-o", costs.name, "-f", "%U %S %M", *command]
-        served = _spent(server)
-        busy, begun = _busy(), time.monotonic()
+        served = spent(server)
+        busy, begun = all_spent(), time.monotonic()
         done = subprocess.run(whole, check=False, capture_output=True, text=True)
         seconds = time.monotonic() - begun
-        busy, served = _busy() - busy, _spent(server) - served
+        busy, served = all_spent() - busy, spent(server) - served
         if done.returncode:
             sys.exit(f"{command[0]}: exit {done.returncode}: {done.stderr}")
         user, system, memory = costs.read().split()
@@ -82,14 +89,23 @@ def timed(command: Sequence[str | Path], *, server: int = 0) -> tuple[Run, str]:
     return run, done.stdout
 
 
-def _spent(pid: int) -> float:
+def spent(pid: int) -> float:
+    """Return the processor seconds of a process, 0 of process 0."""
     if not pid:
         return 0.0
     numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(numbers[11]) + int(numbers[12])) / _TICK
 
 
-def _busy() -> float:
+def peak_memory(pid: int) -> int:
+    """Return the most memory that a process had, in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    sys.exit(f"process {pid} has ended")
+
+
+def all_spent() -> float:
     """Return the processor seconds that the machine has worked."""
     user, nice, system, _idle, _wait, irq, soft, steal, *_ = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
@@ -105,3 +121,14 @@ def bound(busy: float, *, serial: bool) -> str:
     if serial:
         return f"the server, one request at a time on each connection ({told})"
     return f"waiting for the disk or for each other ({told})"
+
+
+class Say:
+    """Prints for people, to stderr where stdout is for programs."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.file = sys.stderr if quiet else sys.stdout
+
+    def __call__(self, text: str) -> None:
+        """Print a line at once."""
+        print(text, file=self.file, flush=True)

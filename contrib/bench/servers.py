@@ -1,4 +1,4 @@
-"""The servers that contrib/bench/sync copies from, and the place it copies to."""
+"""The servers that contrib/bench/sync and mount read from, and the place that sync copies to."""
 
 import datetime as dt
 import ipaddress
@@ -146,7 +146,7 @@ class Server:
 
 @contextmanager
 def nbdkit(kind: Kind, disk: Path, *, pki: Path) -> Iterator[Server]:
-    """Serve ``disk`` on 127.0.0.1."""
+    """Serve ``disk`` on 127.0.0.1; the files of a folder, as exports of their names."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = int(sock.getsockname()[1])
@@ -155,7 +155,8 @@ def nbdkit(kind: Kind, disk: Path, *, pki: Path) -> Iterator[Server]:
     command = ["nbdkit", "-f", "-r", "-i", "127.0.0.1", "-p", str(port), "-P", str(pidfile)]
     command += ["--tls=require", f"--tls-certificates={pki}"] if kind.tls else ["--tls=off"]
     command += _LIKE_XAPI_NBD if kind.serial else []
-    command += ["file", str(disk), *(_LIKE_XAPI_NBD_SETTINGS if kind.serial else [])]
+    source = f"dir={disk}" if disk.is_dir() else str(disk)
+    command += ["file", source, *(_LIKE_XAPI_NBD_SETTINGS if kind.serial else [])]
     server = subprocess.Popen(command)
     try:
         deadline = time.monotonic() + _PATIENCE
