@@ -20,6 +20,7 @@
 4. Buffers are used again: a view that ``read`` returns is true until the next checkpoint.
 """
 
+import math
 import mmap
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator
@@ -234,9 +235,9 @@ class Cache:
         """Start to fetch a chunk ahead unless it is there; return False if there is no room."""
         if key in self._chunks or key in self._fetches:
             return True
-        if len(self._unread) * self._chunk >= self._limit // 2:
-            oldest = next(iter(self._unread))
-            if trio.current_time() - self._unread[oldest] < STALE:
+        if (len(self._unread) + 1) * self._chunk > self._limit // 2:
+            oldest, since = next(iter(self._unread.items()), (key, math.inf))
+            if trio.current_time() - since < STALE:
                 return False
             del self._unread[oldest]
         self._unread[key] = trio.current_time()

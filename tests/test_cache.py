@@ -311,6 +311,17 @@ async def test_what_is_ahead_and_not_asked_for_is_bounded(
     assert len(long.asked) >= 16 + 3
 
 
+async def test_a_cache_of_nothing_fetches_nothing_ahead(
+    long: SlowReader, nursery: trio.Nursery
+) -> None:
+    chunks, streams = fine(nursery, chunks=0), Streams(long.size)
+    for offset in range(0, 4 * CHUNK, CHUNK):
+        await chunks.read(long, offset=offset, length=CHUNK, streams=streams)
+        await settled()
+
+    assert long.asked == [(offset, CHUNK) for offset in range(0, 4 * CHUNK, CHUNK)]
+
+
 async def test_what_nobody_asked_for_makes_room_for_others(
     long: SlowReader, nursery: trio.Nursery, autojump_clock: trio.abc.Clock
 ) -> None:

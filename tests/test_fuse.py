@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from cbtfs import errors, fuse, tree, units
-from cbtfs.cache import Cache
+from cbtfs.cache import open_cache
 from cbtfs.disks import open_disks
 from cbtfs.fuse import Failures, Filesystem
 from tests import memory
@@ -388,8 +388,8 @@ async def test_live_disks_can_be_refused(pool: MemoryPool, tmp_path: Path) -> No
 async def test_what_the_tree_does_not_have_is_stale(pool: MemoryPool) -> None:
     now = memory.SNAPSHOT_TIME
     names = tree.build(INVENTORY, backups=None, store_path="", now=now)
-    async with open_disks(pool) as opened:
-        system = Filesystem(names, inventory=INVENTORY, disks=opened, cache=Cache())
+    async with open_disks(pool) as opened, open_cache() as kept:
+        system = Filesystem(names, inventory=INVENTORY, disks=opened, cache=kept)
         for number in (0, 999):
             with pytest.raises(pyfuse3.FUSEError) as caught:
                 await system.getattr(number, pyfuse3.RequestContext())
