@@ -23,6 +23,19 @@ import trio
 from cbtfs import mount, nbd
 from cbtfs.inventory import Inventory, Owned
 from cbtfs.records import VDI, Pool
+from cbtfs.replica import Batch
+
+
+class Silence:
+    """The events of a pool where nothing happens."""
+
+    def start_over(self) -> None:
+        """Do nothing: there is nothing to begin with either."""
+
+    async def next(self) -> Batch:
+        """Wait for ever."""
+        await trio.sleep_forever()
+        raise AssertionError
 
 
 class Exports:
@@ -34,6 +47,10 @@ class Exports:
     def open_export(self, vdi_ref: str) -> AbstractAsyncContextManager[nbd.Export]:
         """Connect to an export."""
         return nbd.open_export(replace(self._address, export_name=vdi_ref))
+
+    def feed(self) -> Silence:
+        """Return the events of this pool."""
+        return Silence()
 
     async def snapshot_vdi(self, vdi_ref: str, *, name: str, owner: Owned) -> str:
         """Never happens: there are snapshots only."""
