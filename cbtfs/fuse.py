@@ -9,7 +9,9 @@ Rules of this file:
 3. The contents behind a snapshot's inode never change, so the kernel may keep its pages for ever.
    Behind a live disk's inode they change with every source (see ``disks``): the kernel has to drop
    the pages it has until the first read of the new source shows that it did.
-4. The size of a file does not change while it is mounted: a disk that grows shows its old size.
+4. The size of a file does not change while it is open: a disk that grows shows its old size until
+   then, for the reads of an open file end there.
+5. Tree and inventory change together, in ``switch``, between awaits; what is open stays as it was.
 """
 
 import errno
@@ -22,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, Unpack, cast
 
@@ -33,7 +36,7 @@ from .cache import Cache
 from .disks import Disks, Source
 from .inventory import VDI, Inventory
 from .readahead import Streams
-from .tree import Node, Tree
+from .tree import Changes, Node, Tree
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +150,7 @@ class Filesystem(pyfuse3.Operations):
         self._disks = disks
         self._cache = cache
         self._timeout = timeout
+        self._resized: set[int] = set()
         self._owner = (os.getuid(), os.getgid())
         self._last_handle = 0
         self._files: dict[int, _File] = {}
@@ -163,6 +167,15 @@ class Filesystem(pyfuse3.Operations):
             return self._tree.node(number).name or "/"
         except errors.NotFound:
             return f"inode {number}"
+
+    def switch(self, tree: Tree, inventory: Inventory) -> None:
+        """Show another tree from now on; ``invalidate`` then makes the kernel forget the other."""
+        self._tree = tree
+        self._inventory = inventory
+        for file in self._files.values():
+            node = tree.nodes.get(file.node.inode)
+            if node is not None and node.size != file.node.size and file.source is not None:
+                self._resized.add(node.inode)
 
     # ── Names and attributes ─────────────────────────────────────────────────────────────────
 
@@ -249,7 +262,9 @@ class Filesystem(pyfuse3.Operations):
         file = _File(node, ctx.pid)
         keep_cache = True
         if node.vdi_ref:
-            vdi = self._inventory.vdis[node.vdi_ref]
+            vdi = self._inventory.vdis.get(node.vdi_ref)
+            if vdi is None:
+                raise pyfuse3.FUSEError(errno.ESTALE)
             if not self._disks.allows(vdi):
                 raise pyfuse3.FUSEError(errno.EPERM)
             file.source = self._disks.open(vdi, size=node.size)
@@ -320,7 +335,22 @@ class Filesystem(pyfuse3.Operations):
         try:
             return self._tree.node(inode)
         except errors.NotFound:
-            raise pyfuse3.FUSEError(errno.ESTALE) from None
+            held = self._held(inode)
+            if held is None:
+                raise pyfuse3.FUSEError(errno.ESTALE) from None
+            return held.node  # gone from the pool, but somebody has it open
+
+    def _held(self, inode: int) -> _File | None:
+        return next((f for f in self._files.values() if f.node.inode == inode), None)
+
+    def _size(self, node: Node) -> int:
+        """Return the size of a file; rule 4."""
+        if node.inode in self._resized:
+            held = self._held(node.inode)
+            if held is not None and held.source is not None:
+                return held.source.size
+            self._resized.discard(node.inode)
+        return node.size
 
     def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
         vdi = self._inventory.vdis.get(node.vdi_ref)
@@ -330,7 +360,7 @@ class Filesystem(pyfuse3.Operations):
         entry.st_mode = _MODES[node.kind]
         entry.st_nlink = node.nlink
         entry.st_uid, entry.st_gid = self._owner
-        entry.st_size = node.size
+        entry.st_size = self._size(node)
         entry.st_blocks = node.blocks
         entry.st_blksize = units.MiB if vdi else 4 * units.KiB
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
@@ -351,6 +381,25 @@ class Filesystem(pyfuse3.Operations):
             for key, value in facts.items()
             if value
         }
+
+
+def invalidate(changes: Changes) -> None:
+    """Make the kernel forget what is otherwise now, as far as it knows of it.
+
+    Blocks while requests for the same folders are under way: to be called in a thread, while others
+    answer the kernel.
+    """
+    forget_name, forget = pyfuse3.invalidate_entry, pyfuse3.invalidate_inode
+    names = [partial(forget_name, folder, name.encode()) for folder, name in changes.entries]
+    attributes = [partial(forget, inode, attr_only=True) for inode in changes.attributes]
+    contents = [partial(forget, inode) for inode in changes.contents]
+    for call in (*names, *attributes, *contents):
+        try:
+            call()
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # it never asked for that, or has forgotten it
+                log.info("the kernel believes old names for a moment: %s", error)
+                return
 
 
 def _facts_of(vdi: VDI, inventory: Inventory) -> dict[str, str]:

@@ -3,6 +3,7 @@
 ::
 
     check the directory ─ mount ─ answer the kernel ─ ready ─ … ─ unmounted, or told to stop
+                                  follow the pool
                                                                       │
                               process ends ─ snapshots destroyed ─ connections closed
 
@@ -17,24 +18,25 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import pyfuse3
 import trio
 
-from . import cache, disks, errors, fuse, mountpoint as mountpoints, tree, units
+from . import cache, disks, errors, follow, fuse, mountpoint as mountpoints, units
 from .background import announce_end, announce_ready, start_background
-from .catalogue import Catalogue
 from .disks import DiskOptions, Pool
+from .follow import Backups, Feed, View
 from .fuse import Filesystem
 from .inventory import Inventory
 from .mountpoint import umount
 
-__all__ = ["MountOptions", "serve", "start_background", "umount"]
+__all__ = ["Backups", "Followed", "MountOptions", "serve", "start_background", "umount"]
 
 log = logging.getLogger(__name__)
 
@@ -129,16 +131,16 @@ _OPTIONS: dict[str, Callable[[MountOptions, str], MountOptions]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Backups:
-    """The restore points that a mount shows, and the absolute path of their store."""
+class Followed(Pool, Protocol):
+    """What is needed of a pool: to read its disks, and to hear what becomes of them."""
 
-    catalogue: Catalogue
-    store_path: str
+    def feed(self) -> Feed:
+        """Return the events of the pool from now on."""
+        ...
 
 
 async def serve(
-    pool: Pool,
+    pool: Followed,
     *,
     inventory: Inventory,
     mountpoint: Path,
@@ -152,7 +154,7 @@ async def serve(
     cancelled. Runs in the main thread; a process serves one mount.
 
     Args:
-        pool: where the disks are read.
+        pool: where the disks are read, and whose changes are followed.
         inventory: what it has.
         mountpoint: an empty directory.
         options: how to mount.
@@ -165,12 +167,7 @@ async def serve(
     options = options or MountOptions()
     path = mountpoints.check(mountpoint)
     mountpoints.check_fuse()
-    names = tree.build(
-        inventory,
-        backups=backups.catalogue if backups else None,
-        store_path=backups.store_path if backups else "",
-        now=datetime.now(UTC),
-    )
+    view = View(inventory, backups=backups)
     with trio.move_on_after(LEFTOVERS_LIMIT):
         await disks.remove_leftovers(pool, inventory)
     async with (
@@ -178,36 +175,56 @@ async def serve(
         cache.open_cache(limit=options.cache) as kept,
     ):
         filesystem = Filesystem(
-            names,
+            view.tree,
             inventory=inventory,
             disks=opened,
             cache=kept,
             timeout=options.timeout,
         )
         with _mounted(filesystem, path, options=_kernel_options(inventory, options)):
-            await _answer(filesystem, path, tuned=options.tune, ready=ready)
+            following = partial(follow.follow, filesystem, view, feed=pool.feed(), backups=backups)
+            await _answer(filesystem, path, tuned=options.tune, ready=ready, following=following)
         announce_end()
 
 
 async def _answer(
-    filesystem: Filesystem, path: Path, *, tuned: bool, ready: Callable[[], None]
+    filesystem: Filesystem,
+    path: Path,
+    *,
+    tuned: bool,
+    ready: Callable[[], None],
+    following: Callable[[], Awaitable[None]],
 ) -> None:
-    """Answer the kernel until the file system is unmounted or a signal comes."""
-    async with trio.open_nursery() as nursery:
-        stop = nursery.cancel_scope.cancel
-        nursery.start_soon(_run_loop, stop)
-        nursery.start_soon(_await_signal, stop)
-        nursery.start_soon(filesystem.watch_readers)
-        # the kernel's first question has been answered when this returns
-        await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
-        if tuned and await trio.to_thread.run_sync(mountpoints.tune, path, abandon_on_cancel=True):
-            log.debug("the kernel reads ahead by %s", units.format_size(mountpoints.READ_AHEAD))
-        ready()
+    """Answer the kernel until the file system is unmounted or a signal comes.
+
+    It is answered until all else has ended, also if this is cancelled: see rule 3 of ``follow``.
+    """
+    loop = trio.CancelScope(shield=True)
+    async with trio.open_nursery() as answering:
+        try:
+            async with trio.open_nursery() as nursery:
+                stop = nursery.cancel_scope.cancel
+                answering.start_soon(_run_loop, loop, stop)
+                nursery.start_soon(_await_signal, stop)
+                nursery.start_soon(filesystem.watch_readers)
+                await _try_out(path, tuned=tuned)
+                nursery.start_soon(following)
+                ready()
+        finally:
+            loop.cancel()
 
 
-async def _run_loop(stop: Callable[[], None]) -> None:
-    await pyfuse3.main(max_tasks=TASKS)
-    log.info("unmounted")
+async def _try_out(path: Path, *, tuned: bool) -> None:
+    # the kernel's first question has been answered when this returns
+    await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
+    if tuned and await trio.to_thread.run_sync(mountpoints.tune, path, abandon_on_cancel=True):
+        log.debug("the kernel reads ahead by %s", units.format_size(mountpoints.READ_AHEAD))
+
+
+async def _run_loop(scope: trio.CancelScope, stop: Callable[[], None]) -> None:
+    with scope:
+        await pyfuse3.main(max_tasks=TASKS)
+        log.info("unmounted")
     stop()
 
 

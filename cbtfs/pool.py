@@ -22,6 +22,7 @@ import trio
 
 from . import errors, inventory, vhdexport, xapi
 from .bitmap import ChangeBitmap
+from .events import Feed
 from .exports import Exports
 from .fresh import Fresh
 from .inventory import TAG_OWNER, Inventory, Owned
@@ -116,6 +117,10 @@ class Pool:
         found = await trio.to_thread.run_sync(_parsed, tables, self._latest())
         self._latest = weakref.ref(found)
         return found
+
+    def feed(self) -> Feed:
+        """Return the events of the pool from now on; the first batch has all its objects."""
+        return Feed(self._session)
 
     async def nbd_purpose(self) -> str:
         """Return ``nbd``, ``insecure_nbd``, or "" if no network of the pool serves NBD."""

@@ -12,7 +12,8 @@
 
 Rules of this file:
 
-1. A tree never changes; a changed pool gets a new one.
+1. A tree never changes; a changed pool gets a new one, which takes from the one before whatever is
+   as it was: nodes, documents, and the modification times of what has none of its own.
 2. An inode number is a hash of uuids, not of names, so that it survives renames and remounts.
 3. What cannot be read has no file: unmanaged and missing VDIs, ``cbt_metadata``, suspend images,
    and the temporary snapshots that live disks are read through.
@@ -30,10 +31,20 @@ import msgspec
 
 from . import catalogue, errors, inventory as inventories
 from .catalogue import Catalogue
-from .inventory import VDI, VM, Disk, Inventory
+from .inventory import SR, VDI, VM, Disk, Inventory
 from .names import NAME_MAX, safe_names
 
-__all__ = ["README", "ROOT", "Node", "Tree", "build", "is_shown", "safe_names"]
+__all__ = [
+    "README",
+    "ROOT",
+    "Changes",
+    "Node",
+    "Tree",
+    "build",
+    "changes",
+    "is_shown",
+    "safe_names",
+]
 
 ROOT = 1
 """Inode number of the mount point, as FUSE has it."""
@@ -86,19 +97,39 @@ class Node:
     nlink: int = 1
 
 
-class Tree:
-    """The names of the mount at one moment; built by ``build``."""
+_Facts = tuple[VDI, SR | None, str, tuple[str, ...], tuple[tuple[str, str, str], ...]]
+_Document = tuple[_Facts, bytes]
+"""What the description of a disk was made of, and its text."""
 
-    def __init__(self, nodes: Mapping[int, Node], names: Mapping[int, Mapping[str, int]]) -> None:
-        self._nodes = nodes
-        self._names = names
+
+class Tree:
+    """The names of the mount at one moment; built by ``build``.
+
+    Args:
+        nodes: by inode number.
+        names: the inode numbers of what is in each folder.
+        documents: the descriptions of disks by uuid.
+        since_ns: when the first of its line was built.
+    """
+
+    def __init__(
+        self,
+        nodes: Mapping[int, Node],
+        names: Mapping[int, Mapping[str, int]],
+        documents: Mapping[str, _Document],
+        since_ns: int,
+    ) -> None:
+        self.nodes = nodes
+        self.names = names
+        self.documents = documents
+        self.since_ns = since_ns
         self._children = {
             inode: tuple(nodes[child] for _, child in sorted(entries.items()))
             for inode, entries in names.items()
         }
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self.nodes)
 
     def __repr__(self) -> str:
         return f"<Tree of {len(self)} nodes>"
@@ -109,7 +140,7 @@ class Tree:
         Raises:
             NotFound: there is none (any more).
         """
-        node = self._nodes.get(inode)
+        node = self.nodes.get(inode)
         if node is None:
             raise errors.NotFound(f"the mount has no inode {inode}")
         return node
@@ -120,27 +151,70 @@ class Tree:
             text = name if isinstance(name, str) else name.decode()
         except UnicodeDecodeError:
             return None
-        inode = self._names.get(parent, {}).get(text)
-        return None if inode is None else self._nodes[inode]
+        inode = self.names.get(parent, {}).get(text)
+        return None if inode is None else self.nodes[inode]
 
     def children(self, inode: int) -> Sequence[Node]:
         """Return what the folder ``inode`` holds, by name; nothing for what is no folder."""
         return self._children.get(inode, ())
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is otherwise in one tree than in the one before.
+
+    Attributes:
+        entries: folder and name of what is gone, or stands for something else; what is new only has
+            no entry.
+        attributes: inode numbers of what looks different from outside.
+        contents: of texts and links with another text or target.
+    """
+
+    entries: Sequence[tuple[int, str]]
+    attributes: Sequence[int]
+    contents: Sequence[int]
+
+    def __bool__(self) -> bool:
+        return bool(self.entries or self.attributes or self.contents)
+
+
+def changes(before: Tree, after: Tree) -> Changes:
+    """Return what somebody must forget who knows ``before`` and is to see ``after``."""
+    entries = [
+        (folder, name)
+        for folder, names in before.names.items()
+        if names != (now := after.names.get(folder, {}))
+        for name, inode in names.items()
+        if now.get(name) != inode
+    ]
+    attributes: list[int] = []
+    contents: list[int] = []
+    for inode, node in before.nodes.items():
+        other = after.nodes.get(inode)
+        if other is None or other is node:
+            continue
+        same = (node.content, node.target) == (other.content, other.target)
+        (attributes if same else contents).append(inode)
+    return Changes(entries, attributes, contents)
+
+
 class _Builder:
     """A tree under construction. ``identity`` is a path of uuids that names a node for ever."""
 
-    def __init__(self, now_ns: int) -> None:
-        self.now_ns = now_ns
-        root = Node(inode=ROOT, kind="dir", name="", parent=ROOT, mtime_ns=now_ns, nlink=2)
+    def __init__(self, now_ns: int, earlier: Tree | None) -> None:
+        self._now_ns = now_ns
+        self._earlier = earlier
+        # what is as before is then equal at once, and most is
+        self._usual_ns = earlier.since_ns if earlier else now_ns
+        self._documents: dict[str, _Document] = {}
+        root = Node(inode=ROOT, kind="dir", name="", parent=ROOT, mtime_ns=self._usual_ns, nlink=2)
         self._nodes = {ROOT: root}
         self._names: dict[int, dict[str, int]] = {ROOT: {}}
 
     def folder(self, parent: int, name: str, identity: str, *, mtime_ns: int = -1) -> int:
         """Add a folder and return its inode number."""
         inode = self._number(identity)
-        mtime_ns = self.now_ns if mtime_ns < 0 else mtime_ns
+        mtime_ns = self._usual_ns if mtime_ns < 0 else mtime_ns
         self._add(
             Node(inode=inode, kind="dir", name=name, parent=parent, mtime_ns=mtime_ns, nlink=2)
         )
@@ -159,7 +233,7 @@ class _Builder:
                 parent=parent,
                 target=target,
                 size=len(target.encode(errors="surrogateescape")),
-                mtime_ns=self.now_ns,
+                mtime_ns=self._usual_ns,
             )
         )
 
@@ -174,7 +248,7 @@ class _Builder:
                 content=content,
                 size=len(content),
                 blocks=-(-len(content) // 512),
-                mtime_ns=self.now_ns,
+                mtime_ns=self._usual_ns,
             )
         )
 
@@ -189,13 +263,46 @@ class _Builder:
                 vdi_ref=vdi.ref,
                 size=vdi.size,
                 blocks=max(-(-vdi.used // 512), min(vdi.size, 1)),
-                mtime_ns=_ns(vdi.snapshot_time) if vdi.is_a_snapshot else self.now_ns,
+                mtime_ns=_ns(vdi.snapshot_time) if vdi.is_a_snapshot else self._usual_ns,
             )
         )
 
     def finish(self) -> Tree:
         """Return the tree."""
-        return Tree(self._nodes, self._names)
+        if self._earlier is not None:
+            for inode, node in self._nodes.items():
+                self._nodes[inode] = self._settled(node, self._earlier)
+        return Tree(self._nodes, self._names, self._documents, self._usual_ns)
+
+    def _settled(self, node: Node, earlier: Tree) -> Node:
+        """Return ``node`` with the time when it changed last; the earlier one if it is equal."""
+        before = earlier.nodes.get(node.inode)
+        if node.mtime_ns == self._usual_ns:
+            if before is None or not self._shows_the_same(node, before):
+                return replace(node, mtime_ns=self._now_ns)
+            if before.mtime_ns != node.mtime_ns:
+                node = replace(node, mtime_ns=before.mtime_ns)
+        return before if before is not None and before == node else node
+
+    def _shows_the_same(self, node: Node, before: Node) -> bool:
+        if node.kind == "dir" and self._earlier is not None:
+            return self._names[node.inode] == self._earlier.names.get(node.inode)
+        return (node.kind, node.target, node.vdi_ref, node.size, node.content) == (
+            before.kind,
+            before.target,
+            before.vdi_ref,
+            before.size,
+            before.content,
+        )
+
+    def description(self, inventory: Inventory, vdi: VDI) -> bytes:
+        """Return the text that describes ``vdi``."""
+        key = _vdi_facts(inventory, vdi)
+        known = self._earlier.documents.get(vdi.uuid) if self._earlier else None
+        if known is None or known[0] != key:
+            known = (key, _vdi_document(key))
+        self._documents[vdi.uuid] = known
+        return known[1]
 
     def _add(self, node: Node) -> None:
         self._nodes[node.inode] = node
@@ -221,7 +328,12 @@ def _digest(identity: str) -> bytes:
 
 
 def build(
-    inventory: Inventory, *, backups: Catalogue | None, store_path: str, now: datetime
+    inventory: Inventory,
+    *,
+    backups: Catalogue | None,
+    store_path: str,
+    now: datetime,
+    earlier: Tree | None = None,
 ) -> Tree:
     """Return the tree of a pool.
 
@@ -229,9 +341,10 @@ def build(
         inventory: what the pool has.
         backups: the restore points of a store; None leaves ``backups/`` out.
         store_path: absolute path of that store.
-        now: modification time of whatever is no snapshot.
+        now: modification time of whatever is no snapshot, and not in ``earlier`` as it is now.
+        earlier: the tree that this one takes the place of.
     """
-    builder = _Builder(_ns(now))
+    builder = _Builder(_ns(now), earlier)
     shown = [vdi for vdi in inventory.vdis.values() if is_shown(vdi)]
     builder.text(ROOT, "README.txt", "README.txt", content=README)
     builder.text(ROOT, "pool.json", "pool.json", content=_pool_document(inventory, shown))
@@ -261,7 +374,7 @@ def _add_files(builder: _Builder, inventory: Inventory, shown: Sequence[VDI]) ->
     folder = builder.folder(ROOT, "by-uuid", "by-uuid")
     for vdi in shown:
         raw, described = f"{vdi.uuid}.raw", f"{vdi.uuid}.json"
-        document = _vdi_document(inventory, vdi)
+        document = builder.description(inventory, vdi)
         builder.image(folder, raw, f"by-uuid/{raw}", vdi=vdi)
         builder.text(folder, described, f"by-uuid/{described}", content=document)
 
@@ -393,9 +506,22 @@ def _vm_document(
     )
 
 
-def _vdi_document(inventory: Inventory, vdi: VDI) -> bytes:
-    sr = inventory.srs.get(vdi.sr_ref)
+def _vdi_facts(inventory: Inventory, vdi: VDI) -> _Facts:
+    """Return all that the description of ``vdi`` is made of."""
     origin = inventory.vdis.get(vdi.snapshot_of) if vdi.is_a_snapshot else None
+    vbds = [vbd for vbd in map(inventory.vbds.get, vdi.vbd_refs) if vbd]
+    holders = [(inventory.vms.get(vbd.vm_ref), vbd.device) for vbd in vbds]
+    return (
+        vdi,
+        inventory.srs.get(vdi.sr_ref),
+        origin.uuid if origin else "",
+        tuple(snapshot.uuid for snapshot in inventory.snapshots_of(vdi)),
+        tuple((vm.uuid, vm.name, device) for vm, device in holders if vm),
+    )
+
+
+def _vdi_document(facts: _Facts) -> bytes:
+    vdi, sr, origin, snapshots, holders = facts
     return _document(
         {
             "uuid": vdi.uuid,
@@ -408,20 +534,13 @@ def _vdi_document(inventory: Inventory, vdi: VDI) -> bytes:
             "cbt_enabled": vdi.cbt_enabled,
             "read_only": vdi.read_only,
             "is_a_snapshot": vdi.is_a_snapshot,
-            "snapshot_of": origin.uuid if origin else "",
+            "snapshot_of": origin,
             "snapshot_time": _stamp(vdi.snapshot_time) if vdi.is_a_snapshot else "",
-            "snapshots": [snapshot.uuid for snapshot in inventory.snapshots_of(vdi)],
-            "vms": _holders(inventory, vdi),
+            "snapshots": snapshots,
+            "vms": [{"uuid": uuid, "name": name, "device": dev} for uuid, name, dev in holders],
             "tags": sorted(vdi.tags),
         }
     )
-
-
-def _holders(inventory: Inventory, vdi: VDI) -> list[dict[str, str]]:
-    """Return the VMs that have ``vdi``, and as which device."""
-    vbds = [vbd for vbd in map(inventory.vbds.get, vdi.vbd_refs) if vbd]
-    found = [(inventory.vms.get(vbd.vm_ref), vbd.device) for vbd in vbds]
-    return [{"uuid": vm.uuid, "name": vm.name, "device": device} for vm, device in found if vm]
 
 
 def _document(fields: Mapping[str, object]) -> bytes:

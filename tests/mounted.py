@@ -8,14 +8,13 @@ from pathlib import Path
 import trio
 
 from cbtfs import mount, mountpoint
-from cbtfs.disks import Pool
 from cbtfs.inventory import Inventory
-from cbtfs.mount import MountOptions
+from cbtfs.mount import Followed, MountOptions
 
 
 @asynccontextmanager
 async def mounted(
-    pool: Pool,
+    pool: Followed,
     inventory: Inventory,
     path: Path,
     *,

@@ -9,7 +9,9 @@ import trio
 import typer
 
 from cbtfs import errors, mount as mounts
+from cbtfs.catalogue import Catalogue
 from cbtfs.mount import Backups, MountOptions
+from cbtfs.store import open_store
 
 from . import context as contexts, running
 from .context import Globals
@@ -114,7 +116,13 @@ def _backups(options: Globals) -> Backups | None:
         if store is None:
             return None
         catalogue = contexts.catalogue_of(store)
-        return Backups(catalogue, str(store.path.absolute()))
+        path = store.path.absolute()
+
+    def read() -> Catalogue:
+        with open_store(path, create=False) as store:
+            return store.catalogue()
+
+    return Backups(catalogue, str(path), read)
 
 
 def umount(mountpoint: Mountpoint) -> None:
