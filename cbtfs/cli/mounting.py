@@ -42,7 +42,8 @@ def mount(
         typer.Option(
             "-o",
             metavar="OPTS",
-            help="live=snapshot|off, linger=60s, timeout=…, cache=256M, connections=N, allow_other.",
+            help="live=snapshot|off, linger=60s, timeout=2m, cache=96M, connections=8, tune=off, "
+            "allow_other.",
         ),
     ] = None,
 ) -> None:
