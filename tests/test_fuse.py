@@ -13,7 +13,7 @@ import pyfuse3
 import pytest
 import trio
 
-from cbtfs import errors, fuse, tree, units
+from cbtfs import errors, fuse, mountpoint, tree, units
 from cbtfs.cache import open_cache
 from cbtfs.disks import open_disks
 from cbtfs.fuse import Failures, Filesystem
@@ -221,6 +221,19 @@ async def test_a_snapshot_is_fetched_once_and_then_kept_by_the_kernel(
 
     assert fetched >= SNAPSHOT.size // units.MiB
     assert pool.reads[SNAPSHOT.ref] < fetched * 1.5  # a kernel short of memory drops some
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel lets only root say so")
+@pytest.mark.parametrize(("options", "tuned"), [("", True), ("tune=off", False)])
+async def test_the_kernel_is_told_to_read_further_ahead(
+    pool: MemoryPool, tmp_path: Path, options: str, tuned: bool
+) -> None:
+    async with mounted(pool, INVENTORY, tmp_path / "mnt", options=options) as top:
+        device = (await trio.to_thread.run_sync(top.stat)).st_dev
+        told = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+        ahead = int(told.read_text()) * units.KiB
+
+    assert (ahead == mountpoint.READ_AHEAD) is tuned
 
 
 async def test_a_live_disk_read_twice_shows_two_instants(pool: MemoryPool, live: Path) -> None:

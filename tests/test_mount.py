@@ -65,6 +65,7 @@ def test_what_mount_8_adds_is_taken() -> None:
         ("lingr=3s", "did you mean linger"),
         ("zzz", "no option of mount"),
         ("live=maybe", "live=snapshot or live=off"),
+        ("tune=much", "tune=on or tune=off"),
         ("linger=soon", "not a duration"),
         ("cache=big", "not a size"),
         ("connections=0", "from 1 on"),
