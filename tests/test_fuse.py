@@ -231,7 +231,7 @@ async def test_the_kernel_is_told_to_read_further_ahead(
     async with mounted(pool, INVENTORY, tmp_path / "mnt", options=options) as top:
         device = (await trio.to_thread.run_sync(top.stat)).st_dev
         told = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-        ahead = int(told.read_text()) * units.KiB
+        ahead = int(await trio.to_thread.run_sync(told.read_text)) * units.KiB
 
     assert (ahead == mountpoint.READ_AHEAD) is tuned
 
