@@ -2,13 +2,21 @@
 
 A token says up to where everything is known. It is void for another xapi: after a failover or a
 restart it may be refused, but it may also be taken for one of its own. So with every new login,
-whatever the reason, everything is asked for anew.
+whatever the reason, everything is read anew.
+
+xapi would tell everything as events, too, in one answer that takes three times the memory. So a
+token comes first, of the class that our own login has just changed, then the records class by
+class; what changes meanwhile comes after that token.
 """
 
-import msgspec
+from collections.abc import Mapping, Sequence
 
-from . import errors
+import msgspec
+import trio
+
+from . import errors, rawrecords
 from .inventory import CLASSES
+from .rawrecords import Record
 from .replica import Batch, Event
 from .xapi import Session
 
@@ -56,22 +64,39 @@ class Feed:
             AuthenticationFailed: login or certificate refused.
             PoolError: xapi refused, or its answer is not understood.
         """
-        while True:
+        batch: Batch | None = None
+        while batch is None:
             login = self._session.generation
-            complete = not self._token or login != self._login
-            try:
-                answer = await self._ask("" if complete else self._token)
-            except errors.XapiFailure as exc:
-                if complete or exc.code != "EVENT_FROM_TOKEN_PARSE_FAILURE":
-                    raise
-                self._token = ""
-                continue
-            if complete or login == self._session.generation:
-                break
-        self._token, self._login = answer.token, login
-        found = [Event(e.kind, e.operation, e.ref, memoryview(e.snapshot)) for e in answer.events]
-        return Batch(found, complete=complete, counts=answer.valid_ref_counts)
+            if self._token and login == self._login:
+                batch = await self._events()
+            else:
+                token = (await self._ask(["session"], "")).token
+                batch = Batch([], tables=await self._tables())
+                self._token = token
+            if login != self._session.generation:  # it may be another xapi since
+                self._token, batch = "", None
+            self._login = login
+        return batch
 
-    async def _ask(self, token: str) -> _Answer:
-        classes = [name.lower() for name in CLASSES]
+    async def _events(self) -> Batch | None:
+        """Return what has happened, or None if the token is refused."""
+        try:
+            answer = await self._ask([name.lower() for name in CLASSES], self._token)
+        except errors.XapiFailure as exc:
+            if exc.code != "EVENT_FROM_TOKEN_PARSE_FAILURE":
+                raise
+            self._token = ""
+            return None
+        self._token = answer.token
+        found = [Event(e.kind, e.operation, e.ref, memoryview(e.snapshot)) for e in answer.events]
+        return Batch(found, counts=answer.valid_ref_counts)
+
+    async def _tables(self) -> dict[str, Mapping[str, Record]]:
+        found: dict[str, Mapping[str, Record]] = {}
+        for name in CLASSES:
+            raw = await self._session.tables([name])
+            found[name] = await trio.to_thread.run_sync(rawrecords.READERS[name], raw.pop(name))
+        return found
+
+    async def _ask(self, classes: Sequence[str], token: str) -> _Answer:
         return await self._session.fetch("event.from", classes, token, WAIT, type=_Answer)

@@ -80,12 +80,30 @@ class Backups:
     read: Callable[[], Catalogue] | None = None
 
 
-class View:
-    """What a mount shows: one inventory and one catalogue after the other, as trees."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The events of a pool, and its records up to the last of them."""
 
-    def __init__(self, inventory: Inventory, *, backups: Backups | None) -> None:
+    feed: Feed
+    replica: Replica
+
+
+class View:
+    """What a mount shows: one inventory and one catalogue after the other, as trees.
+
+    Args:
+        inventory: what it shows first.
+        backups: what ``backups/`` shows; None leaves it out.
+        source: where the next inventory comes from; None if there is none.
+    """
+
+    def __init__(
+        self, inventory: Inventory, *, backups: Backups | None = None, source: Source | None = None
+    ) -> None:
         self.inventory = inventory
         self.catalogue = backups.catalogue if backups else None
+        self.source = source
+        self.backups = backups
         self._store_path = backups.store_path if backups else ""
         self.tree = self._build(inventory, self.catalogue, None)
 
@@ -111,46 +129,52 @@ class View:
         )
 
 
-async def follow(
-    filesystem: Filesystem, view: View, *, feed: Feed, backups: Backups | None = None
-) -> None:
-    """Keep ``filesystem`` up to date until cancelled.
+async def open_view(feed: Feed, *, backups: Backups | None) -> View:
+    """Return the view of a pool as it is now, to be followed by ``feed``.
+
+    Raises:
+        PoolError: the pool does not answer, or not what a pool answers.
+    """
+    replica = Replica()
+    batch = await feed.next()
+
+    def work() -> View:
+        replica.apply(batch)
+        return View(replica.inventory(), backups=backups, source=Source(feed, replica))
+
+    return await trio.to_thread.run_sync(work)
+
+
+async def follow(filesystem: Filesystem, view: View) -> None:
+    """Keep ``filesystem``, which shows ``view`` so far, up to date until cancelled.
 
     The kernel must be answered until this has ended.
-
-    Args:
-        filesystem: shows ``view`` so far.
-        view: is taken over.
-        feed: the pool's events.
-        backups: the restore points to follow, too.
     """
-    follower = _Follower(filesystem, view, feed)
+    follower = _Follower(filesystem, view)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(follower.listen)
         nursery.start_soon(follower.renew)
-        if backups is not None and backups.read is not None:
-            nursery.start_soon(follower.watch, Path(backups.store_path), backups.read)
+        if view.source is not None:
+            nursery.start_soon(follower.listen, view.source)
+        if view.backups is not None and view.backups.read is not None:
+            path = Path(view.backups.store_path)
+            nursery.start_soon(follower.watch, path, view.backups.read)
 
 
 class _Follower:
     """The tasks of ``follow``.
 
-    ``_replica`` is used by the one who holds ``_lock``; the view by ``renew`` only. ``_catalogue``
-    and ``_heard`` (whether the replica is complete) change between awaits, each before ``_changed``
-    is set.
+    The replica is used by the one who holds ``_lock``; the view by ``renew`` only. ``_catalogue``
+    changes between awaits, before ``_changed`` is set.
     """
 
-    def __init__(self, filesystem: Filesystem, view: View, feed: Feed) -> None:
+    def __init__(self, filesystem: Filesystem, view: View) -> None:
         self._filesystem = filesystem
         self._view = view
-        self._feed = feed
-        self._replica = Replica()
         self._lock = trio.Lock()
-        self._heard = False
         self._catalogue = view.catalogue
         self._changed = trio.Event()
 
-    async def listen(self) -> None:
+    async def listen(self, source: Source) -> None:
         """Take in the pool's events, for ever."""
         outage = _Outage(
             "the pool cannot be followed, and its names stay as they are",
@@ -159,28 +183,27 @@ class _Follower:
         recounted = float("-inf")
         while True:
             try:
-                batch = await self._feed.next()
-                missed = await self._take(batch)
+                batch = await source.feed.next()
+                missed = await self._take(batch, source.replica)
             except Exception as error:  # whatever a pool sends must not end the mount
-                self._feed.start_over()
+                source.feed.start_over()
                 await outage.wait(error)
                 continue
             outage.end()
             if missed and trio.current_time() > recounted + RECOUNT:
                 recounted = trio.current_time()
-                self._feed.start_over()
+                source.feed.start_over()
             await trio.sleep(GATHER)
 
-    async def _take(self, batch: Batch) -> bool:
+    async def _take(self, batch: Batch, replica: Replica) -> bool:
         """Take in a batch; return whether an event before it was missed."""
-        if not batch.events and not batch.complete:
-            return self._replica.lacks(batch)
+        if not batch.events and batch.tables is None:
+            return replica.lacks(batch)
         async with self._lock:
-            changed = await trio.to_thread.run_sync(self._replica.apply, batch)
-        self._heard = True
+            changed = await trio.to_thread.run_sync(replica.apply, batch)
         if changed:
             self._changed.set()
-        return not batch.complete and self._replica.lacks(batch)
+        return replica.lacks(batch)
 
     async def watch(self, path: Path, read: Callable[[], Catalogue]) -> None:
         """Read the restore points whenever the folders of the store have changed, for ever."""
@@ -230,9 +253,9 @@ class _Follower:
         """Build what is to be shown, and show it; return for how many seconds it was worked."""
         view, known = self._view, self._view.inventory
         inventory, assembling = known, 0.0
-        if self._heard:
+        if view.source is not None:
             async with self._lock:
-                inventory, assembling = await _timed(self._replica.inventory)
+                inventory, assembling = await _timed(view.source.replica.inventory)
         for problem in sorted(set(inventory.problems) - set(known.problems)):
             log.warning("%s", problem)
         changes, building = await _timed(partial(view.renew, inventory, self._catalogue))

@@ -250,20 +250,10 @@ def parse(tables: Mapping[str, bytes]) -> Inventory:
     Raises:
         PoolError: a class is missing or its JSON has another shape; the text names the class.
     """
-    return Assembler().assemble(
-        {
-            "pool": _decode(tables, "pool", dict[str, rawrecords.PoolRecord]),
-            "host": _decode(tables, "host", dict[str, rawrecords.HostRecord]),
-            "SR": _decode(tables, "SR", dict[str, rawrecords.SRRecord]),
-            "PBD": _decode(tables, "PBD", dict[str, rawrecords.PBDRecord]),
-            "SM": _decode(tables, "SM", dict[str, rawrecords.SMRecord]),
-            "VM": _decode(tables, "VM", dict[str, rawrecords.VMRecord]),
-            "VBD": _decode(tables, "VBD", dict[str, rawrecords.VBDRecord]),
-            "VDI": _decode(tables, "VDI", dict[str, rawrecords.VDIRecord]),
-            "network": _decode(tables, "network", dict[str, rawrecords.NetworkRecord]),
-            "PIF": _decode(tables, "PIF", dict[str, rawrecords.PIFRecord]),
-        }
-    )
+    for name in CLASSES:
+        if name not in tables:
+            raise errors.PoolError(f"the pool sent no {name} records")
+    return Assembler().assemble({name: rawrecords.READERS[name](tables[name]) for name in CLASSES})
 
 
 class Assembler:
@@ -332,14 +322,6 @@ class _Converted(Generic[_R, _C]):
             found[ref] = before if before and same else (raw, self._convert(ref, raw))
         self._known = found
         return {ref: record for ref, (_, record) in found.items()}
-
-
-def _decode(
-    tables: Mapping[str, bytes], name: str, shape: type[dict[str, _R]]
-) -> Mapping[str, rawrecords.Record]:
-    if name not in tables:
-        raise errors.PoolError(f"the pool sent no {name} records")
-    return rawrecords.decode(tables[name], shape, name=name)
 
 
 def _table(

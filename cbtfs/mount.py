@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import pyfuse3
 import trio
@@ -31,12 +30,20 @@ import trio
 from . import cache, disks, errors, follow, fuse, mountpoint as mountpoints, units
 from .background import announce_end, announce_ready, start_background
 from .disks import DiskOptions, Pool
-from .follow import Backups, Feed, View
+from .follow import Backups, View, open_view
 from .fuse import Filesystem
 from .inventory import Inventory
 from .mountpoint import umount
 
-__all__ = ["Backups", "Followed", "MountOptions", "serve", "start_background", "umount"]
+__all__ = [
+    "Backups",
+    "MountOptions",
+    "View",
+    "open_view",
+    "serve",
+    "start_background",
+    "umount",
+]
 
 log = logging.getLogger(__name__)
 
@@ -131,21 +138,12 @@ _OPTIONS: dict[str, Callable[[MountOptions, str], MountOptions]] = {
 }
 
 
-class Followed(Pool, Protocol):
-    """What is needed of a pool: to read its disks, and to hear what becomes of them."""
-
-    def feed(self) -> Feed:
-        """Return the events of the pool from now on."""
-        ...
-
-
 async def serve(
-    pool: Followed,
+    pool: Pool,
     *,
-    inventory: Inventory,
+    view: View,
     mountpoint: Path,
     options: MountOptions | None = None,
-    backups: Backups | None = None,
     ready: Callable[[], None] = announce_ready,
 ) -> None:
     """Show a pool under ``mountpoint`` until it is unmounted, or SIGTERM or SIGINT comes.
@@ -154,11 +152,10 @@ async def serve(
     cancelled. Runs in the main thread; a process serves one mount.
 
     Args:
-        pool: where the disks are read, and whose changes are followed.
-        inventory: what it has.
+        pool: where the disks are read.
+        view: what is shown, and how it is followed.
         mountpoint: an empty directory.
         options: how to mount.
-        backups: what ``backups/`` shows; None leaves it out.
         ready: called when the mount can be used.
 
     Raises:
@@ -167,22 +164,21 @@ async def serve(
     options = options or MountOptions()
     path = mountpoints.check(mountpoint)
     mountpoints.check_fuse()
-    view = View(inventory, backups=backups)
     with trio.move_on_after(LEFTOVERS_LIMIT):
-        await disks.remove_leftovers(pool, inventory)
+        await disks.remove_leftovers(pool, view.inventory)
     async with (
         disks.open_disks(pool, options=options.disks) as opened,
         cache.open_cache(limit=options.cache) as kept,
     ):
         filesystem = Filesystem(
             view.tree,
-            inventory=inventory,
+            inventory=view.inventory,
             disks=opened,
             cache=kept,
             timeout=options.timeout,
         )
-        with _mounted(filesystem, path, options=_kernel_options(inventory, options)):
-            following = partial(follow.follow, filesystem, view, feed=pool.feed(), backups=backups)
+        with _mounted(filesystem, path, options=_kernel_options(view.inventory, options)):
+            following = partial(follow.follow, filesystem, view)
             await _answer(filesystem, path, tuned=options.tune, ready=ready, following=following)
         announce_end()
 

@@ -10,7 +10,8 @@ both. Such a document is repaired once, slowly: each offender becomes ``_``.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -177,6 +178,21 @@ def decode(data: bytes, table: type[dict[str, _R]], *, name: str) -> dict[str, _
         PoolError: ``data`` is no such map.
     """
     return dict(sorted(_decoded(data, table, name).items()))
+
+
+READERS: Mapping[str, Callable[[bytes], Mapping[str, Record]]] = {
+    "pool": partial(decode, table=dict[str, PoolRecord], name="pool"),
+    "host": partial(decode, table=dict[str, HostRecord], name="host"),
+    "SR": partial(decode, table=dict[str, SRRecord], name="SR"),
+    "PBD": partial(decode, table=dict[str, PBDRecord], name="PBD"),
+    "SM": partial(decode, table=dict[str, SMRecord], name="SM"),
+    "VM": partial(decode, table=dict[str, VMRecord], name="VM"),
+    "VBD": partial(decode, table=dict[str, VBDRecord], name="VBD"),
+    "VDI": partial(decode, table=dict[str, VDIRecord], name="VDI"),
+    "network": partial(decode, table=dict[str, NetworkRecord], name="network"),
+    "PIF": partial(decode, table=dict[str, PIFRecord], name="PIF"),
+}
+"""``decode`` for each class."""
 
 
 def _decoded(data: bytes, shape: type[_T], name: str) -> _T:

@@ -2,8 +2,8 @@
 
 ::
 
-    a complete batch ── replaces everything        add, mod ── replace a record
-    any other        ── changes what it names      del      ── removes one
+    tables of a batch ── take the place of everything
+    its events        ── add, mod: of a record;  del: remove one
 
 Of several changes to an object xapi tells only the last, with the record as it is now. So an event
 that comes twice, or for a record that is here already, does no harm; one that is missed does, which
@@ -42,12 +42,13 @@ class Batch:
     """Events in the order in which they happened.
 
     Attributes:
-        complete: whether it has every object of the pool, so that whatever it lacks is gone.
+        events: may tell of what the tables have already.
+        tables: all records of ``inventory.CLASSES``, if the batch is a complete one; else None.
         counts: how many objects the pool has by class, where it told.
     """
 
     events: Sequence[Event]
-    complete: bool = False
+    tables: Mapping[str, Mapping[str, Record]] | None = None
     counts: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
@@ -72,17 +73,15 @@ class Replica:
             for event in batch.events
             if event.kind.lower() in _NAMES
         ]
-        before = {name: dict(table) for name, table in self._tables.items()}
-        if batch.complete:
-            self._tables = {name: {} for name in CLASSES}
+        before = self._tables
+        found = before if batch.tables is None else batch.tables
+        self._tables = {name: _shared(found[name], before[name]) for name in CLASSES}
         for name, ref, record in decoded:
             known = before[name].get(ref)
             if record is None:
                 self._tables[name].pop(ref, None)
-            elif known is not None and known == record:
-                self._tables[name][ref] = known  # the same object, which is not converted again
             else:
-                self._tables[name][ref] = record
+                self._tables[name][ref] = _same(record, known)
         return self._tables != before
 
     def lacks(self, batch: Batch) -> bool:
@@ -97,6 +96,17 @@ class Replica:
             PoolError: there is no pool record.
         """
         return self._assembler.assemble(self._tables)
+
+
+def _shared(table: Mapping[str, Record], before: Mapping[str, Record]) -> dict[str, Record]:
+    if table is before:
+        return dict(table)
+    return {ref: _same(record, before.get(ref)) for ref, record in table.items()}
+
+
+def _same(record: Record, known: Record | None) -> Record:
+    """Return ``known`` if it is equal: the same object is not converted again."""
+    return known if known is not None and known == record else record
 
 
 def _decoded(event: Event) -> Record | None:

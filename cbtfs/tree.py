@@ -123,10 +123,6 @@ class Tree:
         self.names = names
         self.documents = documents
         self.since_ns = since_ns
-        self._children = {
-            inode: tuple(nodes[child] for _, child in sorted(entries.items()))
-            for inode, entries in names.items()
-        }
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -156,7 +152,8 @@ class Tree:
 
     def children(self, inode: int) -> Sequence[Node]:
         """Return what the folder ``inode`` holds, by name; nothing for what is no folder."""
-        return self._children.get(inode, ())
+        entries = self.names.get(inode, {})
+        return tuple(self.nodes[child] for _, child in sorted(entries.items()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ import trio
 
 from cbtfs import errors, inventory, units
 from cbtfs.inventory import SR, VDI, Inventory, Owned
-from cbtfs.replica import Batch
 
 SNAPSHOT_TIME = datetime(2026, 11, 22, 2, tzinfo=UTC)
 
@@ -66,7 +65,7 @@ class MemoryExport:
 
 @dataclass
 class MemoryPool:
-    """Fits ``mount.Followed``. ``stop`` makes every read hang until ``go``."""
+    """Fits ``disks.Pool``. ``stop`` makes every read hang until ``go``."""
 
     contents: dict[str, bytearray]
     reads: Counter[str] = field(default_factory=Counter)
@@ -117,26 +116,12 @@ class MemoryPool:
         self.snapshots[ref] = owner
         return ref
 
-    def feed(self) -> "Silence":
-        return Silence()
-
     async def destroy_vdi(self, vdi_ref: str) -> None:
         await trio.lowlevel.checkpoint()
         if self.stuck or vdi_ref in self.open_now:
             raise errors.PoolError("the VDI is in use")
         self.snapshots.pop(vdi_ref, None)
         self.contents.pop(vdi_ref, None)
-
-
-class Silence:
-    """Events of a pool in which nothing ever happens; fits ``follow.Feed``."""
-
-    def start_over(self) -> None:
-        """Change nothing."""
-
-    async def next(self) -> Batch:
-        await trio.sleep_forever()
-        raise AssertionError("unreachable")
 
 
 def filled(size: int, *, salt: int = 0) -> bytearray:

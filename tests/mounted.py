@@ -8,13 +8,14 @@ from pathlib import Path
 import trio
 
 from cbtfs import mount, mountpoint
+from cbtfs.disks import Pool
 from cbtfs.inventory import Inventory
-from cbtfs.mount import Followed, MountOptions
+from cbtfs.mount import MountOptions, View
 
 
 @asynccontextmanager
 async def mounted(
-    pool: Followed,
+    pool: Pool,
     inventory: Inventory,
     path: Path,
     *,
@@ -28,10 +29,9 @@ async def mounted(
     async def serve() -> None:
         await mount.serve(
             pool,
-            inventory=inventory,
+            view=View(inventory, backups=backups),
             mountpoint=path,
             options=MountOptions.parse(options),
-            backups=backups,
             ready=ready.set,
         )
 

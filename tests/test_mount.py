@@ -15,7 +15,7 @@ from cbtfs import catalogue, errors, mount, mountpoint, units
 from cbtfs.catalogue import Catalogue, Point
 from cbtfs.disks import DiskOptions
 from cbtfs.inventory import Owned
-from cbtfs.mount import Backups, MountOptions
+from cbtfs.mount import Backups, MountOptions, View
 from tests import memory
 from tests.memory import MemoryPool
 from tests.mounted import mounted, read, run
@@ -126,7 +126,7 @@ async def test_whatever_ends_it_leaves_nothing(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(live_a_little)
-        await mount.serve(pool, inventory=INVENTORY, mountpoint=tmp_path, ready=ready.set)
+        await mount.serve(pool, view=View(INVENTORY), mountpoint=tmp_path, ready=ready.set)
 
     assert mountpoint.find(tmp_path) is None
     assert pool.snapshots == {}
@@ -203,7 +203,7 @@ async def test_what_the_kernel_refuses_is_one_sentence(pool: MemoryPool, tmp_pat
     monkey = pytest.MonkeyPatch()
     monkey.setattr(mount, "_kernel_options", lambda *_: {"no_such_option"})
     with monkey.context(), pytest.raises(errors.MountError) as caught:
-        await mount.serve(pool, inventory=INVENTORY, mountpoint=tmp_path, options=broken)
+        await mount.serve(pool, view=View(INVENTORY), mountpoint=tmp_path, options=broken)
     monkey.undo()
 
     assert "no_such_option" in str(caught.value)
@@ -212,4 +212,4 @@ async def test_what_the_kernel_refuses_is_one_sentence(pool: MemoryPool, tmp_pat
 
 async def test_a_directory_that_will_not_do_is_refused(pool: MemoryPool, tmp_path: Path) -> None:
     with pytest.raises(errors.MountError, match="does not exist"):
-        await mount.serve(pool, inventory=INVENTORY, mountpoint=tmp_path / "missing")
+        await mount.serve(pool, view=View(INVENTORY), mountpoint=tmp_path / "missing")

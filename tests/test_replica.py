@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cbtfs import errors, inventory
+from cbtfs import errors, inventory, rawrecords
 from cbtfs.inventory import CLASSES, Inventory
 from cbtfs.replica import Batch, Event, Replica
 
@@ -32,8 +32,8 @@ def event(operation: str, kind: str, ref: str, fields: Fields | None = None) -> 
 
 
 def dump(world: Mapping[str, Mapping[str, Fields]]) -> Batch:
-    found = [event("add", name, r, f) for name, table in world.items() for r, f in table.items()]
-    return Batch(found, complete=True)
+    tables = {name: json.dumps(world[name]).encode() for name in CLASSES}
+    return Batch([], tables={name: rawrecords.READERS[name](tables[name]) for name in CLASSES})
 
 
 def fresh(world: Mapping[str, Mapping[str, Fields]]) -> Inventory:

@@ -103,13 +103,11 @@ def _log_file(options: Globals) -> Path | None:
 
 async def _serve(options: Globals, mountpoint: Path, chosen: MountOptions) -> None:
     async with contexts.opened_pool(options) as pool:
-        inventory = await pool.inventory()
-        for problem in inventory.problems:
-            contexts.warn(problem)
         backups = await trio.to_thread.run_sync(_backups, options)
-        await mounts.serve(
-            pool, inventory=inventory, mountpoint=mountpoint, options=chosen, backups=backups
-        )
+        view = await mounts.open_view(pool.feed(), backups=backups)
+        for problem in view.inventory.problems:
+            contexts.warn(problem)
+        await mounts.serve(pool, view=view, mountpoint=mountpoint, options=chosen)
 
 
 def _backups(options: Globals) -> Backups | None:
