@@ -17,6 +17,8 @@ LONG = {
     "test_distrust",
     "test_draft",
     "test_faults",
+    "test_follow",
+    "test_follow_many",
     "test_history",
     "test_increment_cost",
     "test_kill_matrix",
