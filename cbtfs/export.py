@@ -3,7 +3,7 @@
 A request lives like this; one task, the pump, is the only one to call ``aio_notify_*``::
 
     read_each ── aio_pread ──▶ libnbd ──▶ socket ··· reply ··· ──▶ pump: aio_notify_read
-        ▲                                                            │ callback: record only
+        ▲           (in the pump's thread while it has one)          │ callback: record only
         └───────────── call.settled ◀─────────── settle ◀────────────┘
 
 Rules of this file:
@@ -13,8 +13,9 @@ Rules of this file:
 2. Every completion's error is looked at before the buffer is (libnbd leaves it undefined).
 3. A buffer is its caller's again only when libnbd is done with it, also after a cancellation.
 4. libnbd's messages can contain the export name, which contains the session: they are scrubbed.
-5. The pump runs in a thread while much is due (see ``BULK``), so a callback may come in any thread,
-   but requests are sent, counted and settled in trio's alone.
+5. The pump runs in a thread while much is due (see ``BULK``). Then requests are sent there, too: a
+   handle is locked while it receives, and who sends from trio's thread would wait for that. They
+   are counted and settled in trio's alone.
 """
 
 import errno
@@ -22,6 +23,7 @@ import logging
 import os
 import select
 import socket
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -130,6 +132,8 @@ class Export:
         self._watched: socket.socket | None = None
         self._due = 0  # bytes asked for and not settled
         self._pumping = trio.CapacityLimiter(1)
+        self._outbox: deque[_Request] | None = None  # requests for the pump's thread, if it has one
+        self._bell = -1  # eventfd(2) that tells it of them
         self._heard = 0.0  # when the last bytes came, on a clock that threads have too
         self._greeted = trio.Event()
         self._ready = trio.Event()
@@ -235,17 +239,25 @@ class Export:
         if self.lost:
             raise errors.ExportLost(self.lost)
         request = _Request(call, view, offset, self._finished)
-        try:
-            if not self._handle.aio_in_flight():
-                self._heard = monotonic()  # the silence begins now
-            self._handle.aio_pread(libnbd.Buffer.from_buffer(view), offset, request.record)
-        except libnbd.Error as exc:
-            self._lose(self._told(exc))
-            raise errors.ExportLost(self.lost) from None
+        if not self._due:
+            self._heard = monotonic()  # the silence begins now
+        if self._outbox is not None:
+            self._outbox.append(request)
+            os.eventfd_write(self._bell, 1)
+        else:
+            try:
+                self._submit(request)
+            except libnbd.Error as exc:
+                self._lose(self._told(exc))
+                raise errors.ExportLost(self.lost) from None
         call.requests.append(request)
         call.pending += 1
         self._due += request.length
         self._notice_end()
+
+    def _submit(self, request: _Request) -> None:
+        buffer = libnbd.Buffer.from_buffer(request.view)
+        self._handle.aio_pread(buffer, request.offset, request.record)
 
     def _notice_end(self) -> None:
         """Wake the pump if the call just made ended the connection."""
@@ -362,9 +374,7 @@ class Export:
         watched = cast(socket.socket, self._watched)
         try:
             if self._due >= BULK:
-                token = trio.lowlevel.current_trio_token()
-                settle = partial(token.run_sync_soon, self._settle, idempotent=True)
-                await trio.to_thread.run_sync(self._pump, settle, limiter=self._pumping)
+                await self._pump_in_thread()
             elif self._wants_to_write():
                 await trio.lowlevel.wait_writable(watched)
                 self._handle.aio_notify_write()
@@ -377,28 +387,57 @@ class Export:
             self.lost = self.lost or f"{self.address}: {self._told(exc)}"
         return self._lives()
 
-    def _pump(self, settle: Callable[[], None]) -> None:
-        """Notify libnbd until nothing is under way; in a thread, see ``BULK``.
+    async def _pump_in_thread(self) -> None:
+        token = trio.lowlevel.current_trio_token()
+        settle = partial(token.run_sync_soon, self._settle, idempotent=True)
+        outbox = self._outbox = deque[_Request]()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            await trio.to_thread.run_sync(self._pump, outbox, settle, limiter=self._pumping)
+        finally:
+            self._outbox = None
+            os.close(self._bell)
+            self._send_posted(outbox)  # what came too late for the thread
 
-        Requests are sent meanwhile by trio's thread: a handle has a lock of its own. Whatever is to
-        end this ends the connection, which wakes it.
+    def _pump(self, outbox: "deque[_Request]", settle: Callable[[], None]) -> None:
+        """Send what is in ``outbox`` and notify libnbd until nothing is under way; in a thread.
+
+        Whatever is to end this ends the connection, which wakes it.
 
         Args:
+            outbox: filled by trio's thread, which then rings the bell.
             settle: has ``_settle`` called there, and does not wait for it.
         """
         handle, watched = self._handle, cast(socket.socket, self._watched)
         poller = select.poll()
-        while handle.aio_in_flight() and not (handle.aio_is_dead() or handle.aio_is_closed()):
+        poller.register(self._bell, select.POLLIN)
+        while True:
+            self._send_posted(outbox)
+            if not handle.aio_in_flight() or handle.aio_is_dead() or handle.aio_is_closed():
+                break
             writing = self._wants_to_write()
             poller.register(watched, select.POLLOUT if writing else select.POLLIN)
-            poller.poll()
-            self._heard = monotonic()
-            if writing:
-                handle.aio_notify_write()
-            else:
-                handle.aio_notify_read()
+            ready = {fd for fd, _ in poller.poll()}
+            if self._bell in ready:
+                os.eventfd_read(self._bell)
+            if watched.fileno() in ready:
+                self._heard = monotonic()
+                if writing:
+                    handle.aio_notify_write()
+                else:
+                    handle.aio_notify_read()
             if self._finished:
                 settle()
+
+    def _send_posted(self, outbox: "deque[_Request]") -> None:
+        """Send what waits in ``outbox``; what cannot be sent fails like a lost connection."""
+        while outbox:
+            request = outbox.popleft()
+            try:
+                self._submit(request)
+            except libnbd.Error:
+                request.error = errno.ENOTCONN
+                self._finished.append(request)
 
     def _wants_to_write(self) -> bool:
         # whenever requests wait to be written, replies are due too (see MAX_IN_FLIGHT)

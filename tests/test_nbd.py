@@ -1,5 +1,6 @@
 """An export reads what is asked for, and ends in good order or with the right error."""
 
+import random
 import socket
 import struct
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 import trustme
 from hypothesis import HealthCheck, given, settings, strategies as st
 
@@ -74,6 +76,53 @@ def test_reads_at_the_same_time_do_not_mix(own: Certificate, ranges: list[tuple[
                 nursery.start_soon(read, export, offset, length)
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_neither_do_those_of_the_thread_whoever_is_cancelled(
+    own: Certificate, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(export_module, "BULK", 1)
+    rng = random.Random(seed)
+
+    async def read(export: Export) -> None:
+        for _ in range(30):
+            offset = rng.randrange(SIZE)
+            length = rng.randrange(1, SIZE - offset + 1)
+            with trio.move_on_after(rng.choice([5, 5, 5, 0.0001])):
+                assert await export.pread(length, offset) == CONTENT[offset : offset + length]
+
+    async with export_of(NbdHost(own, tls=False)) as export:
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(read, export)
+        assert not export.lost
+
+
+async def test_what_waits_for_the_thread_fails_with_its_connection(
+    own: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "BULK", 1)
+    host = NbdHost(own, tls=False, quirk="stuck")
+    lost: list[str] = []
+
+    async def read(export: Export) -> None:
+        with pytest.raises(errors.ExportLost) as caught:
+            await export.pread(SIZE, 0)
+        lost.append(str(caught.value))
+
+    async with (
+        export_of(host, replace(QUICK, request=60)) as export,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(read, export)
+        await host.stuck.wait()
+        for _ in range(3):
+            nursery.start_soon(read, export)
+        await trio.testing.wait_all_tasks_blocked()
+        export.abort()
+
+    assert len(lost) == 4
 
 
 async def test_a_long_read_is_cut_into_requests(
