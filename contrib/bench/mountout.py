@@ -21,21 +21,9 @@ from pathlib import Path
 import trio
 
 from cbtfs import mount, nbd
+from cbtfs.follow import View
 from cbtfs.inventory import Inventory, Owned
 from cbtfs.records import VDI, Pool
-from cbtfs.replica import Batch
-
-
-class Silence:
-    """The events of a pool where nothing happens."""
-
-    def start_over(self) -> None:
-        """Do nothing: there is nothing to begin with either."""
-
-    async def next(self) -> Batch:
-        """Wait for ever."""
-        await trio.sleep_forever()
-        raise AssertionError
 
 
 class Exports:
@@ -47,10 +35,6 @@ class Exports:
     def open_export(self, vdi_ref: str) -> AbstractAsyncContextManager[nbd.Export]:
         """Connect to an export."""
         return nbd.open_export(replace(self._address, export_name=vdi_ref))
-
-    def feed(self) -> Silence:
-        """Return the events of this pool."""
-        return Silence()
 
     async def snapshot_vdi(self, vdi_ref: str, *, name: str, owner: Owned) -> str:
         """Never happens: there are snapshots only."""
@@ -78,15 +62,23 @@ def inventory_of(disks: Mapping[str, int]) -> Inventory:
     return Inventory(pool=Pool(uuid="00000000-0000-0000-0000-000000000000"), vdis=vdis)
 
 
-async def serve(told: Mapping[str, object], mountpoint: Path) -> None:
-    """Mount what the command line names, until it is unmounted."""
-    address = nbd.NbdAddress(export_name="", **told["address"])
+async def serve(
+    address: nbd.NbdAddress, disks: Mapping[str, int], mountpoint: Path, options: str
+) -> None:
+    """Mount ``disks`` until they are unmounted."""
     await mount.serve(
         Exports(address),
-        inventory=inventory_of(told["disks"]),
+        view=View(inventory_of(disks)),
         mountpoint=mountpoint,
-        options=mount.MountOptions.parse(told["options"]),
+        options=mount.MountOptions.parse(options),
     )
 
 
-trio.run(serve, json.loads(sys.argv[1]), Path(sys.argv[2]))
+def main() -> None:
+    """Mount what the command line names."""
+    told, mountpoint = json.loads(sys.argv[1]), Path(sys.argv[2])
+    address = nbd.NbdAddress(export_name="", **told["address"])
+    trio.run(serve, address, told["disks"], mountpoint, told["options"])
+
+
+main()
