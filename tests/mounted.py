@@ -9,6 +9,7 @@ import trio
 
 from cbtfs import mount, mountpoint
 from cbtfs.disks import Pool
+from cbtfs.follow import Source
 from cbtfs.inventory import Inventory
 from cbtfs.mount import MountOptions, View
 
@@ -21,6 +22,7 @@ async def mounted(
     *,
     options: str = "linger=60s",
     backups: mount.Backups | None = None,
+    source: Source | None = None,
 ) -> AsyncGenerator[Path, None]:
     """Mount ``pool`` at ``path``, made if need be; unmounted on exit."""
     await trio.Path(path).mkdir(exist_ok=True)
@@ -29,7 +31,7 @@ async def mounted(
     async def serve() -> None:
         await mount.serve(
             pool,
-            view=View(inventory, backups=backups),
+            view=View(inventory, backups=backups, source=source),
             mountpoint=path,
             options=MountOptions.parse(options),
             ready=ready.set,

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from cbtfs import errors
+from cbtfs.follow import Source
+from cbtfs.replica import Batch, Event, Replica
+from tests import memory
+from tests.mounted import mounted, read
 from tests.simulated import Api, RunningPool, running_pool
 from tests.test_mounted import User, run
 
@@ -268,3 +274,71 @@ def test_a_new_restore_point_shows(user: User, pool: RunningPool) -> None:
         assert soon(lambda: (user.top / "backups/web1/latest").readlink().name == first)
     finally:
         assert user.cbtfs("umount", user.top).returncode == 0
+
+
+# ── What a pool may say ──────────────────────────────────────────────────────────────────────────
+
+
+class Script:
+    """A feed of given batches and failures, and nothing after them; fits ``follow.Feed``."""
+
+    def __init__(self, *steps: Batch | Exception) -> None:
+        self._steps = list(steps)
+        self.begun_anew = 0
+        self.over = trio.Event()
+
+    def start_over(self) -> None:
+        self.begun_anew += 1
+
+    async def next(self) -> Batch:
+        await trio.lowlevel.checkpoint()
+        if not self._steps:
+            self.over.set()
+            await trio.sleep_forever()
+        step = self._steps.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Batch([Event("vdi", "mod", "r", b"rubbish")]),
+        Batch([Event("vdi", "add", "r")]),
+        errors.PoolUnreachable("nobody answers"),
+        KeyError("a mistake of ours"),
+    ],
+)
+async def test_whatever_a_feed_says_the_mount_goes_on(
+    tmp_path: Path, step: Batch | Exception
+) -> None:
+    feed = Script(step)
+    disk = memory.a_disk(1)
+    source = Source(feed, Replica())
+    shown = memory.an_inventory(disk)
+    async with mounted(memory.a_pool(disk), shown, tmp_path / "mnt", source=source) as top:
+        await feed.over.wait()
+        assert await read(top / f"by-uuid/{disk.uuid}.json")
+
+    assert feed.begun_anew == 1
+
+
+async def test_a_pool_that_lost_its_pool_record_stays_as_it_was(tmp_path: Path) -> None:
+    feed = Script(Batch([Event("vdi", "add", "r", b"{}")]))  # into a replica without a pool
+    disk = memory.a_disk(1)
+    source = Source(feed, Replica())
+    shown = memory.an_inventory(disk)
+    async with mounted(memory.a_pool(disk), shown, tmp_path / "mnt", source=source) as top:
+        await feed.over.wait()
+        assert await read(top / f"by-uuid/{disk.uuid}.json")
+
+
+async def test_missing_events_are_noticed_once(tmp_path: Path) -> None:
+    batch = Batch([], counts={"vdi": 7})
+    feed = Script(batch, batch, batch)
+    source = Source(feed, Replica())
+    async with mounted(memory.a_pool(), memory.an_inventory(), tmp_path / "mnt", source=source):
+        await feed.over.wait()
+
+    assert feed.begun_anew == 1
