@@ -76,6 +76,7 @@ class Attempt:
         self._partials = world.partials()
         self._present = {str(vdi["uuid"]) for vdi in world.lab.records("VDI").values()}
         self._allowed = {disk.uuid: allowed_ for disk, allowed_ in self._allow()}
+        self._refused = ""
         world.moment += 1
         self._frozen = {
             d.ref: Instant(d.uuid, d.content.copy(), 0, world.moment) for d in world.disks
@@ -113,8 +114,8 @@ class Attempt:
             self._kill(trouble.at)
         else:
             if trouble is not None and kind == "refuse":
-                method = FAILING[trouble.at % len(FAILING)]
-                lab.pool.set("xapi.fail", f"{method}*1:INTERNAL_ERROR")
+                self._refused = FAILING[trouble.at % len(FAILING)]
+                lab.pool.set("xapi.fail", f"{self._refused}*1:INTERNAL_ERROR")
             steps = trouble.at if trouble is not None and kind in {"cancel", "break off"} else -1
             interrupter = Interrupter(steps=steps, armed=kind == "cancel")
             outcome = lab.loop.run(lambda pool: self._sync(pool, interrupter, during))
@@ -259,6 +260,8 @@ class Attempt:
         """Hold how a disk was copied against what is allowed in one of the runs that did it."""
         right = [plan[record.vdi_uuid] for plan in plans if record.vdi_uuid in plan]
         way = (record.method, record.reason)
+        if self._refused == "VDI.list_changed_blocks" and way == ("compare", "base-lost"):
+            return
         # a text, because pytest cuts other things short
         assert any(way in allowed_.ways for allowed_ in right), f"{right} {record}"
         if record.method == "incremental" and len(plans) == 1:
