@@ -20,18 +20,16 @@ Rules of this file:
 4. Names from the pool become file names only through ``names.safe_names``.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Literal
 
-import msgspec
-
-from . import catalogue, errors, inventory as inventories
+from . import descriptions, errors, inventory as inventories
 from .catalogue import Catalogue
-from .inventory import SR, VDI, VM, Disk, Inventory
+from .descriptions import Facts
+from .inventory import VDI, VM, Disk, Inventory
 from .names import NAME_MAX, safe_names
 
 __all__ = [
@@ -97,8 +95,7 @@ class Node:
     nlink: int = 1
 
 
-_Facts = tuple[VDI, SR | None, str, tuple[str, ...], tuple[tuple[str, str, str], ...]]
-_Document = tuple[_Facts, bytes]
+_Document = tuple[Facts, bytes]
 """What the description of a disk was made of, and its text."""
 
 
@@ -294,10 +291,10 @@ class _Builder:
 
     def description(self, inventory: Inventory, vdi: VDI) -> bytes:
         """Return the text that describes ``vdi``."""
-        key = _vdi_facts(inventory, vdi)
+        key = descriptions.facts(inventory, vdi)
         known = self._earlier.documents.get(vdi.uuid) if self._earlier else None
         if known is None or known[0] != key:
-            known = (key, _vdi_document(key))
+            known = (key, descriptions.of_vdi(key))
         self._documents[vdi.uuid] = known
         return known[1]
 
@@ -344,7 +341,7 @@ def build(
     builder = _Builder(_ns(now), earlier)
     shown = [vdi for vdi in inventory.vdis.values() if is_shown(vdi)]
     builder.text(ROOT, "README.txt", "README.txt", content=README)
-    builder.text(ROOT, "pool.json", "pool.json", content=_pool_document(inventory, shown))
+    builder.text(ROOT, "pool.json", "pool.json", content=descriptions.of_pool(inventory, shown))
     _add_files(builder, inventory, shown)
     disks = [vdi for vdi in shown if not vdi.is_a_snapshot]
     _add_names(builder, disks, builder.folder(ROOT, "by-name", "by-name"), "by-name", up="..")
@@ -407,14 +404,16 @@ def _add_vm(builder: _Builder, inventory: Inventory, vm: VM, folder: int) -> Non
     identity = f"by-vm/{vm.uuid}"
     disks = [disk for disk in inventory.disks_of(vm) if is_shown(disk.vdi)]
     snapshots = inventory.vm_snapshots_of(vm)
-    stamped = [(s.uuid, f"{_stamp(s.snapshot_time)}~{s.name or s.uuid[:8]}") for s in snapshots]
+    stamped = [
+        (s.uuid, f"{descriptions.stamp(s.snapshot_time)}~{s.name or s.uuid[:8]}") for s in snapshots
+    ]
     names = safe_names(stamped)
     _add_disks(builder, disks, folder, identity, up="../..")
     builder.text(
         folder,
         "vm.json",
         f"{identity}/vm.json",
-        content=_vm_document(vm, disks, snapshots, names),
+        content=descriptions.of_vm(vm, disks, snapshots, names),
     )
     top = builder.folder(folder, "snapshots", f"{identity}/snapshots")
     for snapshot in snapshots:
@@ -448,105 +447,6 @@ def _add_backups(builder: _Builder, backups: Catalogue, store_path: str) -> None
             builder.link(folder, point.time, f"{identity}/{point.time}", target=target)
         newest = history.points[-1].time
         builder.link(folder, "latest", f"{identity}/latest", target=newest)
-
-
-# ── Documents ────────────────────────────────────────────────────────────────────────────────
-
-
-def _pool_document(inventory: Inventory, shown: Sequence[VDI]) -> bytes:
-    pool = inventory.pool
-    master = inventory.hosts.get(pool.master_ref)
-    return _document(
-        {
-            "uuid": pool.uuid,
-            "name": pool.name,
-            "master": master.uuid if master else "",
-            "nbd": inventory.nbd_purpose,
-            "hosts": [
-                {"uuid": h.uuid, "name": h.name, "address": h.address, "enabled": h.enabled}
-                for h in inventory.hosts.values()
-            ],
-            "srs": [
-                {"uuid": sr.uuid, "name": sr.name, "type": sr.type, "cbt": sr.cbt_capable}
-                for sr in inventory.srs.values()
-            ],
-            "vms": len(inventory.live_vms()),
-            "disks": sum(not vdi.is_a_snapshot for vdi in shown),
-            "snapshots": sum(vdi.is_a_snapshot for vdi in shown),
-        }
-    )
-
-
-def _vm_document(
-    vm: VM, disks: Sequence[Disk], snapshots: Sequence[VM], names: Mapping[str, str]
-) -> bytes:
-    return _document(
-        {
-            "uuid": vm.uuid,
-            "name": vm.name,
-            "power_state": vm.power_state,
-            "tags": sorted(vm.tags),
-            "disks": [
-                {"device": d.device, "uuid": d.vdi.uuid, "name": d.vdi.name, "size": d.vdi.size}
-                for d in disks
-            ],
-            "snapshots": [
-                {
-                    "uuid": snapshot.uuid,
-                    "name": snapshot.name,
-                    "time": _stamp(snapshot.snapshot_time),
-                    "folder": names[snapshot.uuid],
-                }
-                for snapshot in snapshots
-            ],
-        }
-    )
-
-
-def _vdi_facts(inventory: Inventory, vdi: VDI) -> _Facts:
-    """Return all that the description of ``vdi`` is made of."""
-    origin = inventory.vdis.get(vdi.snapshot_of) if vdi.is_a_snapshot else None
-    vbds = [vbd for vbd in map(inventory.vbds.get, vdi.vbd_refs) if vbd]
-    holders = [(inventory.vms.get(vbd.vm_ref), vbd.device) for vbd in vbds]
-    return (
-        vdi,
-        inventory.srs.get(vdi.sr_ref),
-        origin.uuid if origin else "",
-        tuple(snapshot.uuid for snapshot in inventory.snapshots_of(vdi)),
-        tuple((vm.uuid, vm.name, device) for vm, device in holders if vm),
-    )
-
-
-def _vdi_document(facts: _Facts) -> bytes:
-    vdi, sr, origin, snapshots, holders = facts
-    return _document(
-        {
-            "uuid": vdi.uuid,
-            "name": vdi.name,
-            "description": vdi.description,
-            "size": vdi.size,
-            "used": vdi.used,
-            "type": vdi.type,
-            "sr": {"uuid": sr.uuid, "name": sr.name, "type": sr.type} if sr else None,
-            "cbt_enabled": vdi.cbt_enabled,
-            "read_only": vdi.read_only,
-            "is_a_snapshot": vdi.is_a_snapshot,
-            "snapshot_of": origin,
-            "snapshot_time": _stamp(vdi.snapshot_time) if vdi.is_a_snapshot else "",
-            "snapshots": snapshots,
-            "vms": [{"uuid": uuid, "name": name, "device": dev} for uuid, name, dev in holders],
-            "tags": sorted(vdi.tags),
-        }
-    )
-
-
-def _document(fields: Mapping[str, object]) -> bytes:
-    text = json.dumps({"schema": 1, **fields}, ensure_ascii=False)
-    return msgspec.json.format(text.encode(errors="replace"), indent=2) + b"\n"
-
-
-def _stamp(when: datetime) -> str:
-    return catalogue.format_time(when)
 
 
 def _ns(when: datetime) -> int:

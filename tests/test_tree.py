@@ -5,7 +5,7 @@ import posixpath
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given, strategies as st
@@ -455,3 +455,88 @@ def test_a_large_pool_is_built_quickly() -> None:
 
     assert len(names(build(pool(vdis=vdis)), "by-uuid")) == 20_000
     assert time.process_time() - start < 2
+
+
+# ── One tree after another ───────────────────────────────────────────────────────────────────────
+
+LATER = NOW + timedelta(hours=1)
+
+
+def rebuild(earlier: Tree, inventory: Inventory, *, backups: Catalogue | None = None) -> Tree:
+    return tree.build(
+        inventory, backups=backups, store_path="/srv/backup", now=LATER, earlier=earlier
+    )
+
+
+def with_vdi(inventory: Inventory, ref: str, **fields: str | int) -> Inventory:
+    vdi = replace(inventory.vdis[ref], **fields)  # type: ignore[arg-type]  # names of fields
+    return replace(inventory, vdis={**inventory.vdis, ref: vdi})
+
+
+def test_a_tree_of_the_same_pool_is_equal_and_shares_every_node() -> None:
+    before = build(pool())
+
+    after = rebuild(before, pool())
+
+    assert all(after.node(inode) is node for inode, node in before.nodes.items())
+    assert after.names == before.names
+    assert not tree.changes(before, after)
+
+
+def test_what_changed_is_as_old_as_the_change_and_the_rest_as_old_as_it_was() -> None:
+    inventory = pool()
+    ref, vdi = next((r, v) for r, v in inventory.vdis.items() if not v.is_a_snapshot)
+    before = build(inventory)
+
+    after = rebuild(before, with_vdi(inventory, ref, name="another"))
+    again = rebuild(after, with_vdi(inventory, ref, name="another"))
+
+    later = int(LATER.timestamp()) * 1_000_000_000
+    described = find(after, f"by-uuid/{vdi.uuid}.json")
+    assert described.mtime_ns == later
+    assert find(after, "by-name").mtime_ns == later
+    for path in (f"by-uuid/{vdi.uuid}.raw", "by-uuid", "README.txt", "by-vm"):
+        assert find(after, path).mtime_ns == find(before, path).mtime_ns != later
+    assert again.node(described.inode) is described
+
+
+def test_a_name_that_is_gone_or_new_is_a_change_of_its_folder() -> None:
+    inventory = pool()
+    ref, vdi = next((r, v) for r, v in inventory.vdis.items() if not v.is_a_snapshot)
+    before = build(inventory)
+
+    after = rebuild(before, with_vdi(inventory, ref, name="another"))
+
+    folder = find(before, "by-name").inode
+    old = next(n.name for n in before.children(folder) if vdi.uuid in n.target)
+    changes = tree.changes(before, after)
+    assert (folder, old) in changes.entries
+    assert (folder, "another.raw") not in changes.entries
+    assert find(after, f"by-uuid/{vdi.uuid}.json").inode in changes.contents
+    assert folder in changes.attributes
+
+
+def test_a_link_that_points_elsewhere_has_other_contents() -> None:
+    points = [Point(time=f"2026112{day}T020000Z", vm_uuid=uuid(11)) for day in (2, 3)]
+    first = Catalogue({uuid(11): VMHistory(uuid(11), "web1", (points[0],))})
+    second = Catalogue({uuid(11): VMHistory(uuid(11), "web1", tuple(points))})
+    before = build(pool(), backups=first)
+
+    after = rebuild(before, pool(), backups=second)
+
+    latest = find(after, "backups/web1/latest")
+    assert latest.target == "20261123T020000Z"
+    assert latest.inode in tree.changes(before, after).contents
+
+
+def test_a_disk_that_grows_has_another_size_and_is_newer() -> None:
+    inventory = pool()
+    ref, vdi = next((r, v) for r, v in inventory.vdis.items() if not v.is_a_snapshot)
+    before = build(inventory)
+
+    after = rebuild(before, with_vdi(inventory, ref, size=vdi.size + 4096))
+
+    image = find(after, f"by-uuid/{vdi.uuid}.raw")
+    assert image.size == vdi.size + 4096
+    assert image.mtime_ns > find(before, f"by-uuid/{vdi.uuid}.raw").mtime_ns
+    assert image.inode in tree.changes(before, after).attributes
