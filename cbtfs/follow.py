@@ -217,7 +217,8 @@ class _Follower:
             try:
                 seen = await trio.to_thread.run_sync(_signature, path, abandon_on_cancel=True)
                 if seen != known:
-                    found, busy = await _timed(read)
+                    # a store on a server that hangs must not hold up the end of the mount
+                    found, busy = await _timed(read, abandoned=True)
                     known = seen
                     self._has(found)
             except Exception as error:  # as in listen
@@ -289,14 +290,17 @@ class _Outage:
         self._failures = 0
 
 
-async def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    """Run ``work`` in a thread, and return its result and the seconds of the processor it took."""
+async def _timed(work: Callable[[], T], *, abandoned: bool = False) -> tuple[T, float]:
+    """Run ``work`` in a thread, and return its result and the seconds of the processor it took.
+
+    If cancelled, it is waited for, or ``abandoned``.
+    """
 
     def measured() -> tuple[T, float]:
         begun = time.thread_time()
         return work(), time.thread_time() - begun
 
-    return await trio.to_thread.run_sync(measured)
+    return await trio.to_thread.run_sync(measured, abandon_on_cancel=abandoned)
 
 
 def _signature(path: Path) -> frozenset[tuple[str, int]]:
