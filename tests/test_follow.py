@@ -187,6 +187,22 @@ def test_a_disk_that_grows_shows_its_new_size(top: Path, api: Api) -> None:
     assert f'"size": {size + (4 << 20)}' in (top / f"by-uuid/{uuid}.json").read_text()
 
 
+def test_an_open_file_keeps_its_size(top: Path, api: Api) -> None:
+    vdi = api.named("VDI", "odd size")
+    uuid = str(api.records("VDI")[vdi]["uuid"])
+    image, described = top / f"by-uuid/{uuid}.raw", top / f"by-uuid/{uuid}.json"
+    size = image.stat().st_size
+    with image.open("rb", buffering=0) as file:
+        api.call("VDI.resize", vdi, str(size + (4 << 20)))
+        assert soon(lambda: f'"size": {size + (4 << 20)}' in described.read_text())
+
+        assert os.fstat(file.fileno()).st_size == image.stat().st_size == size
+        file.seek(size - 512)
+        assert len(file.read(4096)) == 512
+
+    assert soon(lambda: image.stat().st_size == size + (4 << 20))
+
+
 # ── What happens to a pool ───────────────────────────────────────────────────────────────────────
 
 
