@@ -450,5 +450,6 @@ def _add_backups(builder: _Builder, backups: Catalogue, store_path: str) -> None
 
 
 def _ns(when: datetime) -> int:
-    """Return ``when`` in nanoseconds since 1970; xapi's times are whole seconds."""
-    return max(0, int(when.astimezone(UTC).timestamp())) * 1_000_000_000
+    """Return ``when`` in nanoseconds since 1970."""
+    seconds = int(when.astimezone(UTC).replace(microsecond=0).timestamp())
+    return max(0, seconds * 1_000_000_000 + when.microsecond * 1000)
