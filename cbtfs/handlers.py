@@ -1,7 +1,7 @@
 """HTTP to a host through httpx: JSON-RPC for what is read in bulk, and xapi's own handlers."""
 
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 from urllib.parse import urlsplit
@@ -84,6 +84,30 @@ class _Opening:
                 await self._stream.aclose()
         elif event == "http11.send_request_headers.started" and self._asked is not None:
             self._asked()
+
+
+class _Body(httpx.AsyncByteStream):
+    """The body of a request, in one piece.
+
+    httpx has a generator for that, which is left to the garbage collector where sending is
+    cancelled; trio warns of it.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return _Pieces([self._data] if self._data else [])
+
+
+class _Pieces(AsyncIterator[bytes]):
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+
+    async def __anext__(self) -> bytes:
+        if not self._pieces:
+            raise StopAsyncIteration
+        return self._pieces.pop()
 
 
 class Web:
@@ -169,6 +193,7 @@ class Web:
             timeout=wanted.silence,
             extensions={"trace": _Opening(asked).trace},
         )
+        request.stream = _Body(b"")
         try:
             response = await client.send(request, stream=True)
             try:
@@ -203,6 +228,7 @@ class Web:
     async def _sent(
         self, client: httpx.AsyncClient, host: str, request: httpx.Request, *, what: str
     ) -> bytes:
+        request.stream = _Body(request.content)
         try:
             response = await client.send(request, stream=True)
             try:

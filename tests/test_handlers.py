@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 import trio
+import trio.testing
 
-from cbtfs import errors, handlers, tls
+from cbtfs import errors, handlers, tls, units
 from cbtfs.handlers import Beginning, Moved, Web
 from cbtfs.wire import NoAnswer
 
@@ -177,6 +178,29 @@ async def test_cancelled_in_the_handshake_it_leaves_no_socket_behind(own: Certif
                 await hung_up.wait()
         finally:
             gc.enable()
+        await web.close()
+
+
+async def test_cancelled_while_it_sends_it_leaves_nothing_to_the_garbage_collector(
+    own: Certificate,
+) -> None:
+    begun = trio.Event()
+
+    async def deaf(stream: trio.SocketStream) -> None:
+        secured = trio.SSLStream(stream, own.server_context(), server_side=True)
+        await secured.receive_some()
+        begun.set()
+        await trio.sleep_forever()
+
+    async with serving(deaf) as port:
+        web = Web(port, timeout=5)
+        async with trio.open_nursery() as nursery:
+            long = "x" * 32 * units.MiB  # more than the sockets take
+            nursery.start_soon(web.post, HOST, tls.pin(own.pem), "VM.get_all", (long,))
+            await begun.wait()
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            nursery.cancel_scope.cancel()
+        gc.collect()  # here the tests would be told
         await web.close()
 
 
