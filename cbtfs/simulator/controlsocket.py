@@ -56,7 +56,7 @@ def ask(directory: Path, command: str, *arguments: str) -> object:
     Raises:
         NotFound: no simulator runs there.
         UsageError: it does not know the command, the setting or the value.
-        CbtfsError: it failed.
+        CbtfsError: it failed, or cannot be asked.
     """
     request = msgspec.json.encode(Request(command, list(arguments)))
     with contextlib.closing(_connect(directory)) as connection:
@@ -83,10 +83,15 @@ def _connect(directory: Path) -> socket.socket:
             connection.connect(f"/proc/self/fd/{folder}/{NAME}")
         finally:
             os.close(folder)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         connection.close()
         raise errors.NotFound(
             f"no simulated pool runs in {directory}; start one with: cbtfs sim start {directory}"
+        ) from None
+    except OSError as exc:
+        connection.close()
+        raise errors.CbtfsError(
+            f"the simulated pool in {directory} cannot be asked: {exc.strerror}"
         ) from None
     return connection
 
