@@ -147,28 +147,24 @@ class Cache:
         if wanted.start >= wanted.stop:
             return b""
         in_order = streams is not None and self._fetch_ahead(reader, wanted, streams)
-        pieces = [
-            (key, piece)
-            for part in extents.split([wanted], size=self._chunk)
-            for key, piece in self._keys(reader, part, in_order=in_order)
-        ]
-        if len(pieces) == 1:
-            key, piece = pieces[0]
-            return _cut(await self._get(reader, key), key, piece)
+        parts = list(extents.split([wanted], size=self._chunk))
+        if len(parts) == 1:
+            key = self._key(reader, wanted, in_order=in_order)
+            return _cut(await self._get(reader, key), key, wanted)
         whole = bytearray(wanted.length)
-        for key, piece in pieces:
-            data = await self._get(reader, key)
-            at = piece.start - wanted.start
-            whole[at : at + piece.length] = _cut(data, key, piece)
+        for part in parts:
+            key = self._key(reader, part, in_order=in_order)
+            at = part.start - wanted.start
+            whole[at : at + part.length] = _cut(await self._get(reader, key), key, part)
         return whole
 
-    def _keys(self, reader: Reader, part: Extent, *, in_order: bool) -> list[tuple[_Key, Extent]]:
+    def _key(self, reader: Reader, part: Extent, *, in_order: bool) -> _Key:
         """Return the chunk that has ``part``, a part of a large one, or else the grain to fetch."""
         large = (reader.key, self._chunk, part.start // self._chunk)
         one_grain = part.start // self._grain == (part.stop - 1) // self._grain
         if in_order or not one_grain or large in self._chunks or large in self._fetches:
-            return [(large, part)]
-        return [((reader.key, self._grain, part.start // self._grain), part)]
+            return large
+        return (reader.key, self._grain, part.start // self._grain)
 
     # ── fetching what is asked for ───────────────────────────────────────────────────────────────
 
@@ -253,17 +249,16 @@ class Cache:
     def _keep(self, key: _Key, chunk: _Chunk) -> None:
         self._chunks[key] = chunk
         self._kept += len(chunk.buffer)
-        if self._kept <= self._limit:
-            return
-        for old, kept in list(self._chunks.items()):
-            if kept.fetch.waiting:  # not to be used again before they have seen it
-                continue
-            del self._chunks[old]
-            self._unread.pop(old, None)
-            self._kept -= len(kept.buffer)
-            self._give(kept.buffer)
-            if self._kept <= self._limit:
+        while self._kept > self._limit:
+            # not to be used again before those who wait have seen it
+            settled = (old for old, kept in self._chunks.items() if not kept.fetch.waiting)
+            oldest = next(settled, None)
+            if oldest is None:
                 return
+            buffer = self._chunks.pop(oldest).buffer
+            self._unread.pop(oldest, None)
+            self._kept -= len(buffer)
+            self._give(buffer)
 
     def _buffer(self, size: int) -> memoryview:
         free = self._free[size]

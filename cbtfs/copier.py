@@ -256,15 +256,12 @@ class Copier:
     async def _join(self, pieces: _Pieces, everyone: trio.CancelScope) -> None:
         """Copy pieces over one more connection if that is worth it."""
         await self._slow.wait()
-        if pieces.remain():
-            await self._serve(pieces, everyone)
-        else:
-            self._serving -= 1
+        await self._serve(pieces, everyone)
 
     async def _serve(self, pieces: _Pieces, everyone: trio.CancelScope) -> None:
         """Copy pieces over one connection; the last one left reconnects while that gets further."""
         attempts = 0
-        while attempts < ATTEMPTS and self._error is None:
+        while attempts < ATTEMPTS and self._error is None and pieces.remain():
             before = self.tally.pieces
             connected = False
             failure: errors.CbtfsError | None

@@ -28,7 +28,7 @@ A snapshot VDI needs no instant, but its connection is kept in the same way, to 
 
 import itertools
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -226,6 +226,18 @@ class Disks:
                 return
         await self._read(instant.ref, buffer, offset)
 
+    def has_open(self, vdi_refs: Collection[str]) -> bool:
+        """Tell whether a file of one of these VDIs is open."""
+        return any(self._newest[ref].files for ref in vdi_refs if ref in self._newest)
+
+    async def let_go(self, vdi_refs: Collection[str]) -> None:
+        """Close what lingers of these snapshot VDIs, which nobody has open."""
+        sources = [self._newest[ref] for ref in vdi_refs if ref in self._newest]
+        for source in sources:
+            source.idle.cancel()
+        for source in sources:
+            await source.wait_gone()
+
     async def end(self) -> None:
         """Close all connections and destroy all snapshots, as far as the pool lets us in time.
 
@@ -283,11 +295,8 @@ class Disks:
             raise errors.ExportError(f"VDI {vdi.uuid} has no data to read (type {vdi.type})")
         if vdi.is_a_snapshot:
             return vdi.ref
-        me = process.this_process()
-        owner = Owned(
-            self_uuid="", role=ROLE, host=me.host, pid=me.pid, boot=me.boot, starttime=me.starttime
-        )
-        name = f"cbtfs: read by process {me.pid} on {me.host}"
+        owner = owned(ROLE)
+        name = f"cbtfs: read by process {owner.pid} on {owner.host}"
         with trio.move_on_after(SNAPSHOT_LIMIT):
             return await self._pool.snapshot_vdi(vdi.ref, name=name, owner=owner)
         raise errors.PoolError(f"the snapshot of VDI {vdi.uuid} took over {SNAPSHOT_LIMIT:.0f} s")
@@ -302,6 +311,14 @@ class Disks:
                 await self._pool.destroy_vdi(ref)
         except (errors.CbtfsError, trio.TooSlowError) as error:
             log.warning("the temporary snapshot of VDI %s stays for now: %s", vdi.uuid, error)
+
+
+def owned(role: str) -> Owned:
+    """Return the tag that this process puts on what it makes; bound to an object by the pool."""
+    me = process.this_process()
+    return Owned(
+        self_uuid="", role=role, host=me.host, pid=me.pid, boot=me.boot, starttime=me.starttime
+    )
 
 
 @asynccontextmanager

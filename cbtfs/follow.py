@@ -13,6 +13,7 @@ Rules of this file:
 2. Building takes a thread, and at most a fifth of the time.
 3. The kernel is made to forget in a thread that is waited for, because it takes locks of folders
    that others hold while they wait for us: so the kernel must be answered until ``follow`` ends.
+   Trees go on meanwhile: a ``mkdir`` that holds such a lock waits for the next one.
 """
 
 import logging
@@ -32,7 +33,7 @@ from .catalogue import Catalogue
 from .fuse import Filesystem
 from .inventory import Inventory
 from .replica import Batch, Replica
-from .tree import Tree
+from .tree import Changes, Tree
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -110,7 +111,7 @@ class View:
     def __repr__(self) -> str:
         return f"<View {self.tree!r}>"
 
-    def renew(self, inventory: Inventory, catalogue: Catalogue | None) -> trees.Changes:
+    def renew(self, inventory: Inventory, catalogue: Catalogue | None) -> Changes:
         """Build the next tree, and return what is different; for a thread."""
         before = self.tree
         tree = self._build(inventory, catalogue, before)
@@ -153,6 +154,7 @@ async def follow(filesystem: Filesystem, view: View) -> None:
     follower = _Follower(filesystem, view)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(follower.renew)
+        nursery.start_soon(follower.forget)
         if view.source is not None:
             nursery.start_soon(follower.listen, view.source)
         if view.backups is not None and view.backups.read is not None:
@@ -173,6 +175,8 @@ class _Follower:
         self._lock = trio.Lock()
         self._catalogue = view.catalogue
         self._changed = trio.Event()
+        self._stale: list[Changes] = []
+        self._outdated = trio.Event()
 
     async def listen(self, source: Source) -> None:
         """Take in the pool's events, for ever."""
@@ -262,8 +266,17 @@ class _Follower:
         changes, building = await _timed(partial(view.renew, inventory, self._catalogue))
         self._filesystem.switch(view.tree, view.inventory)
         if changes:
-            await trio.to_thread.run_sync(fuse.invalidate, changes)
+            self._stale.append(changes)
+            self._outdated.set()
         return assembling + building
+
+    async def forget(self) -> None:
+        """Make the kernel forget what it knows of earlier trees, for ever."""
+        while True:
+            await self._outdated.wait()
+            self._outdated = trio.Event()
+            while self._stale:
+                await trio.to_thread.run_sync(fuse.invalidate, self._stale.pop(0))
 
 
 class _Outage:

@@ -12,6 +12,8 @@ Rules of this file:
 4. The size of a file does not change while it is open: a disk that grows shows its old size until
    then, for the reads of an open file end there.
 5. Tree and inventory change together, in ``switch``, between awaits; what is open stays as it was.
+6. The kernel holds the lock of a folder while somebody makes or removes a name in it. So ``mkdir``
+   and ``rmdir`` are bounded as reads are, and wait for trees only, which wait for no such lock.
 """
 
 import errno
@@ -26,17 +28,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, Unpack, cast
+from typing import NoReturn, Protocol, TypeVar, Unpack, cast
 
 import pyfuse3
 import trio
 
 from . import __version__, errors, units
 from .cache import Cache
-from .disks import Disks, Source
-from .inventory import VDI, Inventory
+from .disks import Disks, Source, owned
+from .inventory import VDI, Inventory, Owned
+from .names import safe_names
 from .readahead import Streams
-from .tree import Changes, Node, Tree
+from .tree import Changes, Node, Tree, is_made
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,9 @@ NAME_TIMEOUT = 5.0
 SNAPSHOT_TIMEOUT = 3600.0
 """Seconds that the kernel believes the attributes of an immutable file."""
 
+SNAPSHOT_LIMIT = 300.0
+"""Seconds that a pool gets to take or remove a snapshot: its SR may be busy with others."""
+
 WATCH_INTERVAL = 1.0
 """Seconds between two looks at whether the process behind a slow read was killed."""
 
@@ -57,6 +63,15 @@ REPORTED = 256
 """Failures that are remembered, so as not to be logged again."""
 
 XATTR_PREFIX = "user.cbtfs."
+
+_REFUSALS = {
+    # code of xapi or of SM (sm, drivers/XE_SR_ERRORCODES.xml)
+    "SR_BACKEND_FAILURE_44": errno.ENOSPC,
+    "SR_BACKEND_FAILURE_109": errno.EMLINK,  # the chain of snapshots is too long
+    "RBAC_PERMISSION_DENIED": errno.EACCES,
+    "OTHER_OPERATION_IN_PROGRESS": errno.EBUSY,
+    "VDI_IN_USE": errno.EBUSY,
+}
 
 _MODES = {"dir": stat.S_IFDIR | 0o550, "file": stat.S_IFREG | 0o440, "link": stat.S_IFLNK | 0o777}
 
@@ -113,9 +128,21 @@ class _File:
     streams: Streams | None = None
 
 
+class Maker(Protocol):
+    """What takes and removes snapshots of VMs: a pool."""
+
+    async def make_snapshot(self, vm_ref: str, name: str, *, owner: Owned) -> tuple[str, list[str]]:
+        """Snapshot a VM, tag it and its disks, and return its and their references."""
+        ...
+
+    async def remove_snapshot(self, vm_ref: str) -> None:
+        """Destroy a snapshot VM of ours with its disks."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """A read under way: cancelled by its deadline, or because its process was killed."""
+    """A request under way: cancelled by its deadline, or because its process was killed."""
 
     pid: int
     since: float
@@ -124,7 +151,7 @@ class _Wait:
 
 
 class Filesystem(pyfuse3.Operations):
-    """A pool's tree, read-only.
+    """A pool's tree; nothing in it can be changed but that snapshots of VMs come and go.
 
     Args:
         tree: the names.
@@ -132,6 +159,7 @@ class Filesystem(pyfuse3.Operations):
         disks: the contents.
         cache: what has been read of them.
         timeout: seconds until a read fails.
+        maker: takes and removes snapshots; None: nobody does.
     """
 
     def __init__(
@@ -142,6 +170,7 @@ class Filesystem(pyfuse3.Operations):
         disks: Disks,
         cache: Cache,
         timeout: float = TIMEOUT,
+        maker: Maker | None = None,
     ) -> None:
         super().__init__()
         self.failures = Failures()
@@ -150,6 +179,8 @@ class Filesystem(pyfuse3.Operations):
         self._disks = disks
         self._cache = cache
         self._timeout = timeout
+        self._maker = maker
+        self._switched = trio.Event()
         self._resized: set[int] = set()
         self._owner = (os.getuid(), os.getgid())
         self._last_handle = 0
@@ -172,6 +203,8 @@ class Filesystem(pyfuse3.Operations):
         """Show another tree from now on; ``invalidate`` then makes the kernel forget the other."""
         self._tree = tree
         self._inventory = inventory
+        self._switched.set()
+        self._switched = trio.Event()
         for file in self._files.values():
             node = tree.nodes.get(file.node.inode)
             if node is not None and node.size != file.node.size and file.source is not None:
@@ -282,7 +315,7 @@ class Filesystem(pyfuse3.Operations):
         file = self._files[fh]
         if file.source is None:
             return file.node.content[off : off + size]
-        with self._waiting(file.pid):
+        with self._waiting(file.pid, self._timeout):
             data = await self._cache.read(
                 file.source, offset=off, length=size, streams=file.streams
             )
@@ -295,6 +328,61 @@ class Filesystem(pyfuse3.Operations):
         file = self._files.pop(fh)
         if file.source is not None:
             self._disks.close(file.source)
+
+    # ── Snapshots ────────────────────────────────────────────────────────────────────────────
+
+    @_answered
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Take a snapshot of the VM whose snapshots the folder holds; return when it shows."""
+        maker, vm_ref = self._making(parent_inode)
+        text = _valid_name(name)
+        with self._waiting(ctx.pid, SNAPSHOT_LIMIT), _refused():
+            ref, disks = await maker.make_snapshot(vm_ref, text, owner=owned("made"))
+            while not self._shows(ref, disks):
+                await self._switched.wait()
+        (node,) = (n for n in self._tree.children(parent_inode) if n.vm_ref == ref)
+        log.info("took snapshot %s of %s", text, self._node(self._node(parent_inode).parent).name)
+        return self._attributes(node)
+
+    @_answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """Remove a snapshot that ``mkdir`` took, with its disks; return when it shows no more."""
+        maker, _ = self._making(parent_inode)
+        node = self._tree.lookup(parent_inode, name)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        snapshot = self._inventory.vms.get(node.vm_ref)
+        if snapshot is None or not is_made(snapshot):
+            raise pyfuse3.FUSEError(errno.EPERM)
+        disks = {disk.vdi.ref for disk in self._inventory.disks_of(snapshot)}
+        if self._disks.has_open(disks):
+            raise pyfuse3.FUSEError(errno.EBUSY)
+        with self._waiting(ctx.pid, SNAPSHOT_LIMIT), _refused():
+            await self._disks.let_go(disks)
+            await maker.remove_snapshot(snapshot.ref)
+            while snapshot.ref in self._inventory.vms:
+                await self._switched.wait()
+        log.info("removed snapshot %s", node.name)
+
+    def _making(self, folder: int) -> tuple[Maker, str]:
+        """Return who takes snapshots, and the VM whose snapshots ``folder`` holds."""
+        if self._maker is None:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        vm = self._inventory.vms.get(self._node(folder).vm_ref)
+        if vm is None or vm.is_a_snapshot:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        return self._maker, vm.ref
+
+    def _shows(self, ref: str, disks: Sequence[str]) -> bool:
+        """Tell whether a snapshot that was made is there in full."""
+        vm = self._inventory.vms.get(ref)
+        if vm is None or not is_made(vm):
+            return False
+        return {disk.vdi.ref for disk in self._inventory.disks_of(vm)} >= set(disks)
+
+    # ── Life ─────────────────────────────────────────────────────────────────────────────────
 
     async def watch_readers(self) -> None:
         """End the reads of killed processes, for ever.
@@ -311,10 +399,10 @@ class Filesystem(pyfuse3.Operations):
                 wait.scope.cancel()
 
     @contextmanager
-    def _waiting(self, pid: int) -> Generator[None, None, None]:
-        """Bound what a read waits for."""
+    def _waiting(self, pid: int, limit: float) -> Generator[None, None, None]:
+        """Bound what a request waits for, in seconds and by the life of its process."""
         wait = _Wait(pid, trio.current_time())
-        wait.scope.deadline = wait.since + self._timeout
+        wait.scope.deadline = wait.since + limit
         self._waits.add(wait)
         try:
             with wait.scope:
@@ -324,8 +412,9 @@ class Filesystem(pyfuse3.Operations):
         if wait.killed:
             raise pyfuse3.FUSEError(errno.EINTR)
         if wait.scope.cancelled_caught:
-            limit = units.format_duration(self._timeout)
-            raise errors.ExportError(f"no answer from the pool within {limit}")
+            raise errors.ExportError(
+                f"no answer from the pool within {units.format_duration(limit)}"
+            )
 
     def _new_handle(self) -> int:
         self._last_handle += 1
@@ -358,6 +447,8 @@ class Filesystem(pyfuse3.Operations):
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = node.inode
         entry.st_mode = _MODES[node.kind]
+        if self._maker is not None and node.name == "snapshots" and node.vm_ref:
+            entry.st_mode |= stat.S_IWUSR
         entry.st_nlink = node.nlink
         entry.st_uid, entry.st_gid = self._owner
         entry.st_size = self._size(node)
@@ -381,6 +472,41 @@ class Filesystem(pyfuse3.Operations):
             for key, value in facts.items()
             if value
         }
+
+
+async def _refuse(*_: object) -> NoReturn:
+    raise pyfuse3.FUSEError(errno.EROFS)
+
+
+# What the kernel lets through as soon as mkdir is possible; their signatures are of no interest.
+for _change in (
+    *("create", "link", "mknod", "rename", "symlink", "unlink"),
+    *("setattr", "setxattr", "removexattr"),
+):
+    setattr(Filesystem, _change, _refuse)
+
+
+def _valid_name(name: bytes) -> str:
+    """Return the name of a snapshot whose folder is to be called ``name``."""
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        raise pyfuse3.FUSEError(errno.EINVAL) from None
+    if safe_names([("", text)])[""] != text:
+        raise pyfuse3.FUSEError(errno.EINVAL)
+    return text
+
+
+@contextmanager
+def _refused() -> Generator[None, None, None]:
+    """Tell the one who asked why a pool refuses, as far as there is an errno for it."""
+    try:
+        yield
+    except errors.XapiFailure as error:
+        if error.code not in _REFUSALS:
+            raise
+        log.warning("%s", error)
+        raise pyfuse3.FUSEError(_REFUSALS[error.code]) from error
 
 
 def invalidate(changes: Changes) -> None:

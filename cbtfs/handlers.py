@@ -136,9 +136,8 @@ class Web:
             "/jsonrpc",
             content=msgspec.json.encode(call),
             headers={"Content-Type": "application/json"},
-            extensions={"trace": _Opening().trace},
         )
-        body = await self._sent(client, host, request, what=method)
+        body = await _sent(client, host, request, what=method)
         try:
             answer = msgspec.json.decode(body, type=_Answer)
         except NOT_JSON as exc:
@@ -163,9 +162,8 @@ class Web:
             path,
             params=dict(query),
             headers={"Cookie": f"session_id={session}"},
-            extensions={"trace": _Opening().trace},
         )
-        return await self._sent(client, host, request, what=path)
+        return await _sent(client, host, request, what=path)
 
     async def peek(
         self,
@@ -191,11 +189,9 @@ class Web:
             params=dict(wanted.query),
             headers={"Cookie": f"session_id={session}"},
             timeout=wanted.silence,
-            extensions={"trace": _Opening(asked).trace},
         )
-        request.stream = _Body(b"")
         try:
-            response = await client.send(request, stream=True)
+            response = await _begun(client, request, asked=asked)
             try:
                 if response.status_code == 302:
                     raise _moved(response, host)
@@ -225,20 +221,30 @@ class Web:
             )
         return self._clients[host, context]
 
-    async def _sent(
-        self, client: httpx.AsyncClient, host: str, request: httpx.Request, *, what: str
-    ) -> bytes:
-        request.stream = _Body(request.content)
+
+async def _sent(
+    client: httpx.AsyncClient, host: str, request: httpx.Request, *, what: str
+) -> bytes:
+    """Send a request and return the body of its answer; raises as ``Web.post``."""
+    try:
+        response = await _begun(client, request)
         try:
-            response = await client.send(request, stream=True)
-            try:
-                body = await _body(response, host)
-            finally:
-                await response.aclose()
-        except httpx.TransportError as exc:
-            raise _no_answer(exc, host) from exc
-        _check(response, host, what=what)
-        return body
+            body = await _body(response, host)
+        finally:
+            await response.aclose()
+    except httpx.TransportError as exc:
+        raise _no_answer(exc, host) from exc
+    _check(response, host, what=what)
+    return body
+
+
+async def _begun(
+    client: httpx.AsyncClient, request: httpx.Request, *, asked: Callable[[], None] | None = None
+) -> httpx.Response:
+    """Send a request and return its answer as far as the headers; cancelled, it leaves nothing."""
+    request.extensions["trace"] = _Opening(asked).trace
+    request.stream = _Body(request.content)
+    return await client.send(request, stream=True)
 
 
 def _check(response: httpx.Response, host: str, *, what: str) -> None:

@@ -31,7 +31,7 @@ from . import cache, disks, errors, follow, fuse, mountpoint as mountpoints, uni
 from .background import announce_end, announce_ready, start_background
 from .disks import DiskOptions, Pool
 from .follow import Backups, View, open_view
-from .fuse import Filesystem
+from .fuse import Filesystem, Maker
 from .inventory import Inventory
 from .mountpoint import umount
 
@@ -60,7 +60,7 @@ _GENERIC = re.compile(
     r"(no)?(auto|atime|dev|diratime|exec|intr|lazytime|relatime|strictatime|suid|user|fail)"
     r"|r[ow]|a?sync|defaults|group|owner|users|_netdev|x-.*"
 )
-"""Options that mount(8) and fstab(5) pass on, and that say nothing to a read-only mount."""
+"""Options that mount(8) and fstab(5) pass on, and that say nothing to a mount of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ class MountOptions:
         timeout: seconds until a read fails.
         cache: bytes of disks to keep in memory.
         tune: whether the kernel is to read further ahead, where it lets us say so.
+        snapshots: whether ``mkdir`` and ``rmdir`` take and remove snapshots of VMs.
         disks: how disks are read: ``live``, ``linger``, ``connections``.
     """
 
@@ -80,6 +81,7 @@ class MountOptions:
     timeout: float = fuse.TIMEOUT
     cache: int = cache.LIMIT
     tune: bool = True
+    snapshots: bool = False
     disks: DiskOptions = field(default_factory=DiskOptions)
 
     @classmethod
@@ -105,15 +107,14 @@ class MountOptions:
 
 
 def _with_live(options: MountOptions, value: str) -> MountOptions:
-    if value not in {"snapshot", "off"}:
-        raise errors.UsageError(f"-o live={value} is unknown; write live=snapshot or live=off")
-    return replace(options, disks=replace(options.disks, live=value == "snapshot"))
+    live = _is_on("live", value, on="snapshot")
+    return replace(options, disks=replace(options.disks, live=live))
 
 
-def _with_tune(options: MountOptions, value: str) -> MountOptions:
-    if value not in {"on", "off"}:
-        raise errors.UsageError(f"-o tune={value} is unknown; write tune=on or tune=off")
-    return replace(options, tune=value == "on")
+def _is_on(key: str, value: str, *, on: str = "on") -> bool:
+    if value not in {on, "off"}:
+        raise errors.UsageError(f"-o {key}={value} is unknown; write {key}={on} or {key}=off")
+    return value == on
 
 
 def _with_linger(options: MountOptions, value: str) -> MountOptions:
@@ -130,9 +131,10 @@ def _with_connections(options: MountOptions, value: str) -> MountOptions:
 _OPTIONS: dict[str, Callable[[MountOptions, str], MountOptions]] = {
     "allow_other": lambda options, _: replace(options, allow_other=True),
     "timeout": lambda options, value: replace(options, timeout=units.parse_duration(value)),
+    "snapshots": lambda options, _: replace(options, snapshots=True),
     "cache": lambda options, value: replace(options, cache=units.parse_size(value)),
     "live": _with_live,
-    "tune": _with_tune,
+    "tune": lambda options, value: replace(options, tune=_is_on("tune", value)),
     "linger": _with_linger,
     "connections": _with_connections,
 }
@@ -144,6 +146,7 @@ async def serve(
     view: View,
     mountpoint: Path,
     options: MountOptions | None = None,
+    maker: Maker | None = None,
     ready: Callable[[], None] = announce_ready,
 ) -> None:
     """Show a pool under ``mountpoint`` until it is unmounted, or SIGTERM or SIGINT comes.
@@ -156,12 +159,14 @@ async def serve(
         view: what is shown, and how it is followed.
         mountpoint: an empty directory.
         options: how to mount.
+        maker: takes and removes snapshots if the options want that.
         ready: called when the mount can be used.
 
     Raises:
         MountError: the directory or the kernel refused.
     """
     options = options or MountOptions()
+    maker = maker if options.snapshots else None
     path = mountpoints.check(mountpoint)
     mountpoints.check_fuse()
     with trio.move_on_after(LEFTOVERS_LIMIT):
@@ -176,6 +181,7 @@ async def serve(
             disks=opened,
             cache=kept,
             timeout=options.timeout,
+            maker=maker,
         )
         with _mounted(filesystem, path, options=_kernel_options(view.inventory, options)):
             following = partial(follow.follow, filesystem, view)
@@ -267,5 +273,5 @@ def _kernel_options(inventory: Inventory, options: MountOptions) -> set[str]:
     # a comma would end the option, the name is the pool's, and mount(2) takes a page of options
     name = re.sub(r"[^A-Za-z0-9._-]", "_", inventory.pool.name or inventory.pool.uuid)[:NAME_MAX]
     kernel = {f"fsname=cbtfs#{name}", "subtype=cbtfs", "default_permissions"}
-    kernel |= {"ro", "nosuid", "nodev", "noexec"}
+    kernel |= {"rw" if options.snapshots else "ro", "nosuid", "nodev", "noexec"}
     return kernel | {"allow_other"} if options.allow_other else kernel

@@ -20,9 +20,10 @@ class Owned(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         self_uuid: uuid of the tagged object.
-        role: ``base`` (kept for the next increment) or ``live`` (a mount reads from it).
-        store: uuid of the store it is the base of; "" for ``live``.
-        vm: name of the directory there whose points it belongs to; "" for ``live``. A disk can be
+        role: ``base`` (kept for the next increment), ``live`` (a mount reads from it) or ``made``
+            (a user made it through a mount, and it stays until a user removes it).
+        store: uuid of the store it is the base of; "" for the others.
+        vm: name of the directory there whose points it belongs to; "" for the others. A disk can be
             in the points of two VMs, or of a VM and of its own, and each has its own base.
         point: time of the restore point it belongs to.
         host: name of the machine that made it.

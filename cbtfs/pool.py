@@ -13,7 +13,7 @@ import io
 import logging
 import tarfile
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -210,19 +210,60 @@ class Pool:
             await self._session.call_async("VDI.destroy", ref)
 
         ref = await self._session.call_async("VDI.snapshot", vdi_ref, {}, undo=undo)
+        async with self._named_or_undone(ref, undo):
+            await self.tag("VDI", ref, owner)
+            await self._session.call("VDI.set_name_label", ref, name)
+        return ref
+
+    @asynccontextmanager
+    async def _named_or_undone(
+        self, ref: str, undo: Callable[[str], Awaitable[None]]
+    ) -> AsyncGenerator[None]:
+        """Do not let the body, which tags ``ref``, be interrupted; if it fails, undo that."""
         try:
-            # not to be interrupted between the two: what has no tag is never cleaned up
+            # what has no tag is never cleaned up
             with trio.fail_after(_NAMING_LIMIT) as scope:
                 scope.shield = True
-                await self.tag("VDI", ref, owner)
-                await self._session.call("VDI.set_name_label", ref, name)
+                yield
         except BaseException as exc:
             with trio.move_on_after(_NAMING_LIMIT, shield=True), suppress(errors.CbtfsError):
                 await undo(ref)
             if isinstance(exc, trio.TooSlowError):
                 raise errors.PoolError("the pool took too long to tag a snapshot") from exc
             raise
-        return ref
+
+    async def make_snapshot(self, vm_ref: str, name: str, *, owner: Owned) -> tuple[str, list[str]]:
+        """Snapshot a VM, tag the snapshot and its disks, and return its ref and theirs.
+
+        If that fails or is cancelled, they are destroyed again as far as the pool answers.
+        """
+
+        async def undo(ref: str) -> None:
+            disks = await self._snapshot_disks(ref)
+            await self._session.call_async("VM.destroy", ref)
+            for vdi_ref in disks:
+                await self._session.call_async("VDI.destroy", vdi_ref)
+
+        ref = await self._session.call_async("VM.snapshot", vm_ref, name, undo=undo)
+        async with self._named_or_undone(ref, undo):
+            await self.tag("VM", ref, owner)
+            disks = await self._snapshot_disks(ref)
+            for vdi_ref in disks:
+                await self.tag("VDI", vdi_ref, owner)
+        return ref, disks
+
+    async def remove_snapshot(self, vm_ref: str) -> None:
+        """Destroy a snapshot VM of ours with its disks, as far as they are ours.
+
+        Raises:
+            PoolError: it is not ours, or a disk of it stays in use.
+        """
+        if not await self._ours("VM", vm_ref):
+            return
+        disks = await self._snapshot_disks(vm_ref)
+        await self.destroy_snapshot_vm(vm_ref)
+        for vdi_ref in disks:
+            await self.destroy_vdi(vdi_ref)
 
     async def tag(self, class_name: str, ref: str, owner: Owned) -> None:
         """Write our tag on an object (``VM`` or ``VDI``), bound to its uuid, in place of another.

@@ -76,6 +76,7 @@ class Node:
         parent: inode number of the folder it is in; that of the root is its own.
         target: where a link points.
         vdi_ref: the VDI whose contents a file shows, "" for a text file.
+        vm_ref: the VM whose snapshots a folder holds, or the snapshot VM that it shows.
         content: what a text file holds.
         size: in bytes; of a link the length of its target.
         blocks: space that it takes, in units of 512 bytes. Never 0 unless ``size`` is: ``tar -S``
@@ -88,6 +89,7 @@ class Node:
     parent: int
     target: str = ""
     vdi_ref: str = ""
+    vm_ref: str = ""
     content: bytes = b""
     size: int = 0
     blocks: int = 0
@@ -205,12 +207,22 @@ class _Builder:
         self._nodes = {ROOT: root}
         self._names: dict[int, dict[str, int]] = {ROOT: {}}
 
-    def folder(self, parent: int, name: str, identity: str, *, mtime_ns: int = -1) -> int:
+    def folder(
+        self, parent: int, name: str, identity: str, *, mtime_ns: int = -1, vm_ref: str = ""
+    ) -> int:
         """Add a folder and return its inode number."""
         inode = self._number(identity)
         mtime_ns = self._usual_ns if mtime_ns < 0 else mtime_ns
         self._add(
-            Node(inode=inode, kind="dir", name=name, parent=parent, mtime_ns=mtime_ns, nlink=2)
+            Node(
+                inode=inode,
+                kind="dir",
+                name=name,
+                parent=parent,
+                vm_ref=vm_ref,
+                mtime_ns=mtime_ns,
+                nlink=2,
+            )
         )
         self._names[inode] = {}
         above = self._nodes[parent]
@@ -404,10 +416,7 @@ def _add_vm(builder: _Builder, inventory: Inventory, vm: VM, folder: int) -> Non
     identity = f"by-vm/{vm.uuid}"
     disks = [disk for disk in inventory.disks_of(vm) if is_shown(disk.vdi)]
     snapshots = inventory.vm_snapshots_of(vm)
-    stamped = [
-        (s.uuid, f"{descriptions.stamp(s.snapshot_time)}~{s.name or s.uuid[:8]}") for s in snapshots
-    ]
-    names = safe_names(stamped)
+    names = safe_names([(snapshot.uuid, _name(snapshot)) for snapshot in snapshots])
     _add_disks(builder, disks, folder, identity, up="../..")
     builder.text(
         folder,
@@ -415,15 +424,29 @@ def _add_vm(builder: _Builder, inventory: Inventory, vm: VM, folder: int) -> Non
         f"{identity}/vm.json",
         content=descriptions.of_vm(vm, disks, snapshots, names),
     )
-    top = builder.folder(folder, "snapshots", f"{identity}/snapshots")
+    top = builder.folder(folder, "snapshots", f"{identity}/snapshots", vm_ref=vm.ref)
     for snapshot in snapshots:
         name, path = names[snapshot.uuid], f"{identity}/snapshots/{snapshot.uuid}"
-        inside = builder.folder(top, name, path, mtime_ns=_ns(snapshot.snapshot_time))
+        taken = _ns(snapshot.snapshot_time)
+        inside = builder.folder(top, name, path, mtime_ns=taken, vm_ref=snapshot.ref)
         its_disks = [disk for disk in inventory.disks_of(snapshot) if is_shown(disk.vdi)]
         _add_disks(builder, its_disks, inside, path, up="../../../..")
     if snapshots:
         newest = names[snapshots[-1].uuid]
         builder.link(top, "latest", f"{identity}/snapshots/latest", target=newest)
+
+
+def is_made(vm: VM) -> bool:
+    """Tell whether a user made the snapshot ``vm`` through a mount."""
+    owned = inventories.read_owner(vm.other_config, vm.uuid)
+    return vm.is_a_snapshot and owned is not None and owned.role == "made"
+
+
+def _name(snapshot: VM) -> str:
+    """Return what the folder of a snapshot is called, before that is made valid and unique."""
+    if is_made(snapshot):  # whoever says mkdir NAME expects to see NAME
+        return snapshot.name
+    return f"{descriptions.stamp(snapshot.snapshot_time)}~{snapshot.name or snapshot.uuid[:8]}"
 
 
 def _add_disks(

@@ -43,7 +43,7 @@ def mount(
             "-o",
             metavar="OPTS",
             help="live=snapshot|off, linger=60s, timeout=2m, cache=96M, connections=8, tune=off, "
-            "allow_other.",
+            "snapshots (mkdir takes one), allow_other.",
         ),
     ] = None,
 ) -> None:
@@ -107,7 +107,7 @@ async def _serve(options: Globals, mountpoint: Path, chosen: MountOptions) -> No
         view = await mounts.open_view(pool.feed(), backups=backups)
         for problem in view.inventory.problems:
             contexts.warn(problem)
-        await mounts.serve(pool, view=view, mountpoint=mountpoint, options=chosen)
+        await mounts.serve(pool, view=view, mountpoint=mountpoint, options=chosen, maker=pool)
 
 
 def _backups(options: Globals) -> Backups | None:
