@@ -23,7 +23,7 @@ import os
 import signal
 import stat
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +55,9 @@ SNAPSHOT_TIMEOUT = 3600.0
 
 SNAPSHOT_LIMIT = 300.0
 """Seconds that a pool gets to take or remove a snapshot: its SR may be busy with others."""
+
+CLOSING = 1.0
+"""Seconds in which the kernel tells of a file that was closed."""
 
 WATCH_INTERVAL = 1.0
 """Seconds between two looks at whether the process behind a slow read was killed."""
@@ -357,14 +360,24 @@ class Filesystem(pyfuse3.Operations):
         if snapshot is None or not is_made(snapshot):
             raise pyfuse3.FUSEError(errno.EPERM)
         disks = {disk.vdi.ref for disk in self._inventory.disks_of(snapshot)}
-        if self._disks.has_open(disks):
-            raise pyfuse3.FUSEError(errno.EBUSY)
+        await self._await_closed(disks)
         with self._waiting(ctx.pid, SNAPSHOT_LIMIT), _refused():
             await self._disks.let_go(disks)
             await maker.remove_snapshot(snapshot.ref)
             while snapshot.ref in self._inventory.vms:
                 await self._switched.wait()
         log.info("removed snapshot %s", node.name)
+
+    async def _await_closed(self, vdi_refs: Collection[str]) -> None:
+        """Return when no file of these VDIs is open, in a moment or never.
+
+        The kernel tells of a file that is closed only after close(2) has returned.
+        """
+        deadline = trio.current_time() + CLOSING
+        while self._disks.has_open(vdi_refs):
+            if trio.current_time() > deadline:
+                raise pyfuse3.FUSEError(errno.EBUSY)
+            await trio.sleep(CLOSING / 20)
 
     def _making(self, folder: int) -> tuple[Maker, str]:
         """Return who takes snapshots, and the VM whose snapshots ``folder`` holds."""

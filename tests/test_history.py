@@ -37,13 +37,7 @@ SETTINGS = settings(
     ],
 )
 
-pytestmark = [
-    pytest.mark.timeout(300 + STEPS + 90 * MINUTES),
-    # of what is cancelled httpx leaves a generator to the garbage collector, and httpcore a socket
-    # in its TLS handshake; what stays open in earnest is counted below
-    pytest.mark.filterwarnings("ignore:Async generator 'httpx._content:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-]
+pytestmark = pytest.mark.timeout(300 + STEPS + 90 * MINUTES)
 
 
 def open_files() -> int:
