@@ -34,6 +34,7 @@ PATIENT = Timeouts(connect=30.0, request=30.0, close=30.0)
 QUICK = (
     (tasks, "_POLL_FIRST", 0.004),  # seconds; the simulated pool's tasks take milliseconds
     (copier, "REQUEST", 256 << 10),  # bytes; so that even a small disk takes several
+    (copier, "DEPTH", 2),  # batches; so that something of a small disk is on record when it stops
     (logbook, "FLUSH_BYTES", 512 << 10),  # bytes; so that there is something to go on with
     (diskcopy, "WORTH_ASKING", 3 << 20),  # bytes; so that some disks' allocation is asked for
 )

@@ -223,7 +223,7 @@ class Attempt:
         if not disturbed:
             assert point.state == "complete"
             there = world.begun.get(f".partial-{point.time}", frozenset(self._allowed))
-            wanted = [disk.uuid for disk in self._chosen if disk.uuid in there]
+            wanted = [d.uuid for d in self._chosen if not there.isdisjoint(world.uuids_of(d.uuid))]
             assert [disk.vdi_uuid for disk in point.disks] == wanted
         world.points[point.time] = tuple(self._check_disk(point, disk) for disk in point.disks)
         # a disk that an interrupted run had finished is taken as it is
@@ -244,7 +244,7 @@ class Attempt:
         world = self.world
         frozen = {instant.vdi_uuid: instant for instant in self._frozen.values()}
         instant = world.instants.get(record.snapshot_uuid) or frozen[record.vdi_uuid]
-        assert record.vdi_uuid == instant.vdi_uuid
+        assert instant.vdi_uuid in world.uuids_of(record.vdi_uuid)
         assert record.size == instant.content.size
         image = world.store.point_path(world.vm_uuid, point.time) / record.file
         assert instant.content.differs_at(image) == "", record

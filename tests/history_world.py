@@ -67,6 +67,7 @@ class World:
         self.instants: dict[str, Instant] = {}
         self.snapshots: list[ForeignSnapshot] = []
         self.metadata: list[str] = []
+        self.former: dict[str, str] = {}
         self.begun: dict[str, frozenset[str]] = {}
         self.planned: dict[str, list[dict[str, Allowed]]] = {}
         self.dead_tasks = set(lab.records("task"))
@@ -106,6 +107,16 @@ class World:
     def detached(self) -> list[ModelDisk]:
         """The disks that no VM has."""
         return [disk for disk in self.disks if disk.number < 0]
+
+    def uuids_of(self, uuid: str) -> list[str]:
+        """Return the uuid of a disk, and those it had before it was moved: its snapshots go along.
+
+        They are of the new VDI then, also the one that an interrupted run took of the old.
+        """
+        found = [uuid]
+        while found[-1] in self.former:
+            found.append(self.former[found[-1]])
+        return found
 
     def ours(self) -> dict[str, Record]:
         """Return the VDIs of the pool that are tagged as cbtfs's.
@@ -233,6 +244,7 @@ class World:
         moved = self.lab.text("VDI.pool_migrate", disk.ref, sr, {})
         self.disks.remove(disk)
         self.disks.append(self._known(moved, disk.content, disk.number))
+        self.former[self.disks[-1].uuid] = disk.uuid
         self.start()
 
     # ── other tools ──────────────────────────────────────────────────────────────────────────
