@@ -213,18 +213,19 @@ class Disks:
         if self._ended:
             raise errors.ExportError("the mount is ending")
         instant = source.instant or self._start(source)
-        await instant.ready.wait()
+        if not instant.ready.is_set():  # who waits for what is there waits a turn all the same
+            await instant.ready.wait()
         if instant.error is not None:
             raise instant.error
         for wait in range(TRIES - 1):
             try:
-                await self._read(instant.ref, buffer, offset)
+                await self._connections.read_into(instant.ref, buffer, offset)
             except errors.ExportLost as error:
                 log.info("reading %s anew: %s", source.vdi.uuid, error)
                 await trio.sleep(1 + wait)  # xapi needs a moment to clean up after a lost one
             else:
                 return
-        await self._read(instant.ref, buffer, offset)
+        await self._connections.read_into(instant.ref, buffer, offset)
 
     def has_open(self, vdi_refs: Collection[str]) -> bool:
         """Tell whether a file of one of these VDIs is open."""
@@ -254,10 +255,6 @@ class Disks:
             for source in running:
                 source.give_up()
             await self._connections.close_all()
-
-    async def _read(self, ref: str, buffer: memoryview | bytearray, offset: int) -> None:
-        async with self._connections.use(ref) as export:
-            await export.read_into(buffer, offset)
 
     def _start(self, source: Source) -> _Instant:
         if source.previous is not None:

@@ -318,10 +318,14 @@ class Filesystem(pyfuse3.Operations):
         file = self._files[fh]
         if file.source is None:
             return file.node.content[off : off + size]
-        with self._waiting(file.pid, self._timeout):
-            data = await self._cache.read(
-                file.source, offset=off, length=size, streams=file.streams
-            )
+        data: bytes | bytearray | memoryview | None = self._cache.look(
+            file.source, offset=off, length=size, streams=file.streams
+        )
+        if data is None:
+            with self._waiting(file.pid, self._timeout):
+                data = await self._cache.read(
+                    file.source, offset=off, length=size, streams=file.streams
+                )
         # pyfuse3 takes any buffer, and copies it before anything else happens
         return cast("bytes", data)
 

@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+import cbtfs.connections
 from cbtfs import errors
 from cbtfs.connections import Connections
 from tests import memory
@@ -52,8 +53,7 @@ async def connections(pool: GatedPool) -> AsyncIterator[Connections]:
 
 async def read(connections: Connections, ref: str) -> bytes:
     buffer = bytearray(4)
-    async with connections.use(ref) as export:
-        await export.read_into(buffer, 0)
+    await connections.read_into(ref, buffer, 0)
     return bytes(buffer)
 
 
@@ -101,14 +101,51 @@ async def test_the_longest_idle_gives_way(
 
 
 async def test_a_busy_connection_is_waited_for(pool: GatedPool, connections: Connections) -> None:
+    pool.stop()
     async with trio.open_nursery() as nursery:
-        async with connections.use("a"), connections.use("b"):
-            nursery.start_soon(read, connections, "c")
+        for ref in ("a", "b", "c"):
+            nursery.start_soon(read, connections, ref)
             await trio.testing.wait_all_tasks_blocked()
-            assert pool.open_now == {"a", "b"}
+        assert pool.open_now == {"a", "b"}
+        pool.go()
 
     assert "c" in pool.open_now
     assert pool.most_open == 2
+
+
+async def busy(connections: Connections, *, readers: int, reads: int) -> None:
+    """Read one VDI, by several readers at a time, each again and again."""
+
+    async def reader() -> None:
+        for _ in range(reads):
+            await read(connections, "a")
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(readers):
+            nursery.start_soon(reader)
+
+
+async def test_a_slow_connection_that_is_never_idle_gets_help(
+    pool: GatedPool, connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await busy(connections, readers=3, reads=12)
+    assert pool.opened == {"a": 1}
+    monkeypatch.setattr(cbtfs.connections, "WORK", 8)
+
+    await busy(connections, readers=3, reads=12)
+
+    assert pool.opened == {"a": 2}  # as many as there may be
+
+
+async def test_one_that_is_idle_at_times_or_fast_stays_alone(
+    pool: GatedPool, connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cbtfs.connections, "WORK", 8)
+    await busy(connections, readers=1, reads=100)
+    monkeypatch.setattr(cbtfs.connections, "FAST", 1)
+    await busy(connections, readers=3, reads=100)
+
+    assert pool.opened == {"a": 1}
 
 
 async def test_a_lost_connection_is_not_used_again(
