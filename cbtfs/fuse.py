@@ -53,6 +53,9 @@ NAME_TIMEOUT = 5.0
 SNAPSHOT_TIMEOUT = 3600.0
 """Seconds that the kernel believes the attributes of an immutable file."""
 
+STUCK = 10.0
+"""Seconds until a read of a disk fails of which another was not answered in time, at most."""
+
 SNAPSHOT_LIMIT = 300.0
 """Seconds that a pool gets to take or remove a snapshot: its SR may be busy with others."""
 
@@ -143,6 +146,10 @@ class Maker(Protocol):
         ...
 
 
+class _TooSlow(errors.ExportError):
+    """What a request waited for did not come in time."""
+
+
 @dataclass(slots=True, eq=False)
 class _Wait:
     """A request under way: cancelled by its deadline, or because its process was killed."""
@@ -190,6 +197,7 @@ class Filesystem(pyfuse3.Operations):
         self._files: dict[int, _File] = {}
         self._folders: dict[int, list[Node]] = {}
         self._waits: set[_Wait] = set()
+        self._stuck: set[str] = set()  # keys of sources of which a read was not answered in time
 
     def name_of(self, action: str, number: object) -> str:
         """Return the name of the node or open file that a handler's first argument stands for."""
@@ -322,12 +330,27 @@ class Filesystem(pyfuse3.Operations):
             file.source, offset=off, length=size, streams=file.streams
         )
         if data is None:
-            with self._waiting(file.pid, self._timeout):
-                data = await self._cache.read(
-                    file.source, offset=off, length=size, streams=file.streams
-                )
+            data = await self._fetched(file, file.source, off, size)
         # pyfuse3 takes any buffer, and copies it before anything else happens
         return cast("bytes", data)
+
+    async def _fetched(
+        self, file: _File, source: Source, off: int, size: int
+    ) -> bytes | bytearray | memoryview:
+        """Return bytes that may have to be waited for.
+
+        What was not answered in time is asked for again by the kernel, piece by piece: so of a disk
+        that is stuck nobody waits for as long again, until it answers.
+        """
+        patience = min(self._timeout / 4, STUCK) if source.key in self._stuck else self._timeout
+        try:
+            with self._waiting(file.pid, patience):
+                data = await self._cache.read(source, offset=off, length=size, streams=file.streams)
+        except _TooSlow:
+            self._stuck.add(source.key)
+            raise
+        self._stuck.discard(source.key)
+        return data
 
     @_answered
     async def release(self, fh: int) -> None:
@@ -335,6 +358,8 @@ class Filesystem(pyfuse3.Operations):
         file = self._files.pop(fh)
         if file.source is not None:
             self._disks.close(file.source)
+            if not file.source.files:
+                self._stuck.discard(file.source.key)
 
     # ── Snapshots ────────────────────────────────────────────────────────────────────────────
 
@@ -416,7 +441,7 @@ class Filesystem(pyfuse3.Operations):
                 wait.scope.cancel()
 
     @contextmanager
-    def _waiting(self, pid: int, limit: float) -> Generator[None, None, None]:
+    def _waiting(self, pid: int, limit: float) -> Generator[None]:
         """Bound what a request waits for, in seconds and by the life of its process."""
         wait = _Wait(pid, trio.current_time())
         wait.scope.deadline = wait.since + limit
@@ -429,9 +454,7 @@ class Filesystem(pyfuse3.Operations):
         if wait.killed:
             raise pyfuse3.FUSEError(errno.EINTR)
         if wait.scope.cancelled_caught:
-            raise errors.ExportError(
-                f"no answer from the pool within {units.format_duration(limit)}"
-            )
+            raise _TooSlow(f"no answer from the pool within {units.format_duration(limit)}")
 
     def _new_handle(self) -> int:
         self._last_handle += 1
