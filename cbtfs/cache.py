@@ -15,16 +15,17 @@
    the one who fetches be cancelled, one of the waiting takes over; should it fail, all fail. What
    is fetched ahead belongs to the cache: nobody's cancellation ends it.
 3. Chunks are forgotten in the order of their last use. Memory is at most ``limit`` for what is
-   kept, half of which at most for what was fetched ahead and not asked for yet, and ``FETCHES``
-   chunks for what is on its way, half of it ahead; a reader beyond that waits.
-4. Buffers are used again: a view that ``read`` returns is true until the next checkpoint.
+   kept, and ``FETCHES`` chunks for what is on its way, half of it ahead; readers beyond it wait.
+4. Nothing is fetched to be forgotten before it is asked for. So what may be ahead, at most half of
+   ``limit``, is shared by all files that are read; and where there are too many of them for each to
+   have a chunk here, they get what they ask for, and nothing but grains is kept.
+5. Buffers are used again: a view that ``read`` returns is true until the next checkpoint.
 """
 
-import math
 import mmap
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,8 +47,9 @@ LIMIT = 96 * units.MiB
 FETCHES = 32
 """Chunks on their way at the same time, over all readers."""
 
-STALE = 5.0
-"""Seconds after which what was fetched ahead and not asked for makes room for other streams."""
+STALE = 60.0
+"""Seconds after which a file does not count as being read, and what was fetched ahead for it may be
+forgotten: long enough for each of many readers to get its turn at the connections."""
 
 
 class Reader(Protocol):
@@ -62,6 +64,14 @@ class Reader(Protocol):
     def size(self) -> int:
         """Length in bytes."""
         ...
+
+    def reading(self) -> AbstractAsyncContextManager["Reading"]:
+        """Wait until it can be read, which may take long: nobody must hold a buffer meanwhile."""
+        ...
+
+
+class Reading(Protocol):
+    """A reader that can be read now."""
 
     async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
         """Fill ``buffer`` with the bytes at ``offset``; if cancelled, never touch it after."""
@@ -94,6 +104,14 @@ class _Chunk:
     fetch: _Fetch
 
 
+@dataclass(slots=True)
+class _Use:
+    """An open file that is read: when it was last, and how many chunks are there ahead of it."""
+
+    last: float = 0.0
+    ahead: int = 0
+
+
 class Cache:
     """Chunks of any number of readers; made by ``open_cache``.
 
@@ -115,7 +133,8 @@ class Cache:
         self._grain = grain
         self._chunks: OrderedDict[_Key, _Chunk] = OrderedDict()
         self._fetches: dict[_Key, _Fetch] = {}
-        self._unread: OrderedDict[_Key, float] = OrderedDict()  # fetched ahead, and since when
+        self._unread: dict[_Key, Streams] = {}  # fetched ahead, and of which file
+        self._files: OrderedDict[Streams, _Use] = OrderedDict()
         self._kept = 0
         self._free: dict[int, list[memoryview]] = defaultdict(list)
         self._spare = 0  # bytes of buffers in _free
@@ -147,12 +166,16 @@ class Cache:
             streams: those of the open file, to fetch ahead of; None does not.
 
         Raises:
-            Exception: whatever ``reader.read_into`` raises; nothing of it is kept.
+            Exception: whatever ``reader`` raises; nothing of it is kept.
         """
         wanted = Extent(offset, min(offset + length, reader.size))
         if wanted.start >= wanted.stop:
             return b""
         in_order = streams is not None and self._fetch_ahead(reader, wanted, streams)
+        if self._is_crowded():
+            in_order = False
+            if not self._is_kept(reader, wanted):
+                return await self._through(reader, wanted)
         if wanted.start // self._chunk == (wanted.stop - 1) // self._chunk:
             key = self._key(reader, wanted, in_order=in_order)
             return _cut(await self._get(reader, key), key, wanted)
@@ -180,7 +203,7 @@ class Cache:
     def _use(self, key: _Key) -> memoryview:
         """Return what a chunk that is there has."""
         self._chunks.move_to_end(key)
-        self._unread.pop(key, None)
+        self._was_read(key)
         return self._chunks[key].data
 
     def _key(self, reader: Reader, part: Extent, *, in_order: bool) -> _Key:
@@ -219,20 +242,21 @@ class Cache:
         _, size, index = key
         buffer = None
         try:
-            await _take(room)
-            try:
-                buffer = self._buffer(size)
-                data = buffer[: min(size, reader.size - index * size)]
-                await reader.read_into(data, index * size)
-            finally:
-                room.release()
+            async with reader.reading() as reading:
+                await _take(room)
+                try:
+                    buffer = self._buffer(size)
+                    data = buffer[: min(size, reader.size - index * size)]
+                    await reading.read_into(data, index * size)
+                finally:
+                    room.release()
         except BaseException as error:
             if isinstance(error, Exception):
                 fetch.error = error
             if buffer is not None:
                 self._lent -= size
                 self._give(buffer)
-            self._unread.pop(key, None)
+            self._was_read(key)
             raise
         finally:
             del self._fetches[key]
@@ -245,30 +269,73 @@ class Cache:
 
     def _fetch_ahead(self, reader: Reader, wanted: Extent, streams: Streams) -> bool:
         """Start to fetch what a stream will want; return whether ``wanted`` is part of one."""
+        self._note_use(streams)
         stream, due = streams.note(*wanted)
         if due.length:
             for index in range(due.start // self._chunk, -(-due.stop // self._chunk)):
-                if not self._start(reader, (reader.key, self._chunk, index)):
+                if not self._start(reader, (reader.key, self._chunk, index), streams):
                     break
                 streams.fetched(stream, min((index + 1) * self._chunk, reader.size))
         return stream.window > 0
 
-    def _start(self, reader: Reader, key: _Key) -> bool:
+    def _start(self, reader: Reader, key: _Key, streams: Streams) -> bool:
         """Start to fetch a chunk ahead unless it is there; return False if there is no room."""
         if key in self._chunks or key in self._fetches:
             return True
-        if (len(self._unread) + 1) * self._chunk > self._limit // 2:
-            oldest, since = next(iter(self._unread.items()), (key, math.inf))
-            if trio.current_time() - since < STALE:
-                return False
-            del self._unread[oldest]
-        self._unread[key] = trio.current_time()
+        use, files = self._files[streams], len(self._files)
+        room = min(self._limit // 2, self._limit - files * self._chunk) // self._chunk
+        if len(self._unread) >= room or use.ahead >= room // files:
+            return False
+        self._unread[key] = streams
+        use.ahead += 1
         self._nursery.start_soon(self._ahead, reader, key, self._begin(key))
         return True
 
     async def _ahead(self, reader: Reader, key: _Key, fetch: _Fetch) -> None:
         with suppress(Exception):  # those who wait for it are told, and the next one tries again
             await self._fetch(reader, key, fetch, self._room_ahead)
+
+    def close(self, streams: Streams) -> None:
+        """Note that a file is not read any more."""
+        use = self._files.pop(streams, None)
+        if use is not None and use.ahead:
+            self._unread = {k: s for k, s in self._unread.items() if s is not streams}
+
+    def _note_use(self, streams: Streams) -> None:
+        now = trio.current_time()
+        self._files.setdefault(streams, _Use()).last = now
+        self._files.move_to_end(streams)
+        while (oldest := next(iter(self._files))) is not streams:
+            if now - self._files[oldest].last < STALE:
+                break
+            self.close(oldest)
+
+    def _was_read(self, key: _Key) -> None:
+        """Note that a chunk does not count as fetched ahead, if it did."""
+        streams = self._unread.pop(key, None)
+        if streams is not None:
+            self._files[streams].ahead -= 1
+
+    # ── more files than chunks ───────────────────────────────────────────────────────────────────
+
+    def _is_crowded(self) -> bool:
+        """Tell whether chunks would be forgotten before they are read to their end."""
+        return len(self._files) * self._chunk > self._limit // 3 * 2
+
+    def _is_kept(self, reader: Reader, wanted: Extent) -> bool:
+        """Tell whether ``wanted`` is in a grain, or in a chunk that is there or on its way."""
+        key = self._key(reader, wanted, in_order=False)
+        _, size, index = key
+        if wanted.stop > (index + 1) * size:
+            return False
+        return size == self._grain or key in self._chunks or key in self._fetches
+
+    async def _through(self, reader: Reader, wanted: Extent) -> bytearray:
+        """Return bytes that nobody else shall have."""
+        async with reader.reading() as reading, self._room:
+            whole = bytearray(wanted.length)
+            await reading.read_into(whole, wanted.start)
+            return whole
 
     # ── memory ───────────────────────────────────────────────────────────────────────────────────
 
@@ -283,7 +350,7 @@ class Cache:
             if oldest is None:
                 return
             buffer = self._chunks.pop(oldest).buffer
-            self._unread.pop(oldest, None)
+            self._was_read(oldest)
             self._kept -= len(buffer)
             self._give(buffer)
 

@@ -4,8 +4,14 @@ A connection costs its host a plugged device and one of 16 places, and opening o
 a VDI gets one by its first read, and others only while that one is busy without a break and slow,
 each after the one before has done some work. One stays while somebody may want to read (``want``),
 the others until they have been idle for a moment: a sync or ``list_changed_blocks`` that waits for
-the VDI must not wait long. When all places that we allow ourselves are taken, the one that has been
-idle longest gives way; if none is idle, a reader waits.
+the VDI must not wait long.
+
+When all places that we allow ourselves are taken, VDIs queue for them, first come, first served::
+
+    waiting        e  f  g                    one connection ends for each of them, first those
+    connected      a  a  b  c  d              that help another, then the one that is idle longest,
+                      ↑ ends                  then the one that has had its turn: it does what it
+                                              was asked for, and its VDI queues again
 
 Each connection lives in a task of its own. That task is shielded: it ends because it is told to,
 after saying goodbye to the host, so that the host's device is unplugged when ``close`` returns.
@@ -36,6 +42,15 @@ the same processors. One to a serial server with 2 ms a request gives 300 MB/s i
 IDLE = 5.0
 """Seconds that a connection stays idle before it is closed, but for the one that is wanted."""
 
+PAUSE = 0.3
+"""Seconds that a connection is idle before it gives way: who reads in order comes again at once."""
+
+TURN = 5.0
+"""Seconds that a connection has in any case while others wait: to open it takes about as long."""
+
+PRESS = 0.1
+"""Seconds between two looks of those who wait."""
+
 CLOSE_LIMIT = 60.0
 """Seconds that a host gets to unplug its device before we hang up without it."""
 
@@ -60,7 +75,8 @@ class Exporter(Protocol):
 class _Connection:
     """A connection; ``users`` reads are under way or waiting for it, ``used`` is when one ended.
 
-    Since ``begun`` it has not been idle, and has done ``reads`` of ``done`` bytes in all.
+    Since ``begun`` it has not been idle, and has done ``reads`` of ``done`` bytes in all. It is to
+    be used since ``opened``. One that is ``retiring`` ends as soon as nobody uses it.
     """
 
     ref: str
@@ -69,7 +85,9 @@ class _Connection:
     reads: int = 0
     done: int = 0
     used: float = 0.0
+    opened: float = math.inf
     closing: bool = False
+    retiring: bool = False
     export: Export | None = None
     error: Exception | None = None
     ready: trio.Event = field(default_factory=trio.Event)
@@ -80,7 +98,7 @@ class _Connection:
     @property
     def ending(self) -> bool:
         """Whether it is of no use to anybody any more."""
-        return self.closing or self.hold.cancel_called
+        return self.closing or self.retiring or self.hold.cancel_called
 
     def end(self) -> None:
         """Have it closed in good order."""
@@ -102,6 +120,20 @@ class _Connection:
         self.reads += 1
         self.done += length
         self.used = trio.current_time()
+        if self.retiring and not self.users:
+            self.end()
+
+    def retire(self) -> None:
+        """Have it closed as soon as it has done what it was asked for."""
+        self.retiring = True
+        if not self.users:
+            self.end()
+
+    def may_go(self, *, wanted: bool) -> bool:
+        """Tell whether it may be closed for another VDI; ``wanted``: somebody has it open."""
+        now = trio.current_time()
+        idle = not self.users and (not wanted or now - self.used >= PAUSE)
+        return idle or now - self.opened >= TURN
 
     def begin(self) -> None:
         """Look anew at how fast it is."""
@@ -125,6 +157,55 @@ class _Connection:
         return self.error
 
 
+class Use:
+    """One read of a VDI: entered, it has a connection that nobody closes before it is left.
+
+    So who waits for anything else while inside never waits for those who wait for a connection.
+    """
+
+    def __init__(self, connections: "Connections", ref: str) -> None:
+        self._connections = connections
+        self._ref = ref
+        self._connection: _Connection | None = None
+        self._done = 0
+
+    async def __aenter__(self) -> "Use":
+        """Wait for a connection, made if there is none.
+
+        If cancelled while it is being made, it is made all the same, for the next.
+        """
+        self._connection = await self._connections.enter(self._ref)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Leave the connection, which stays open."""
+        if self._connection is not None:
+            self._connections.left(self._connection, self._done)
+
+    async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``; after a loss, over a fresh connection.
+
+        Raises:
+            ExportLost: the connection was lost; the next call makes another one.
+            CbtfsError: it could not be made, or the VDI not be read.
+        """
+        if self._connection is None:
+            self._connection = await self._connections.enter(self._ref)
+        connection = self._connection
+        try:
+            if connection.export is None:
+                await connection.ready.wait()
+            if connection.export is None:
+                raise connection.why_not()
+            await connection.export.read_into(buffer, offset)
+            self._done = len(buffer)
+        except errors.ExportLost:
+            connection.end()
+            self._connection = None
+            self._connections.left(connection, 0)
+            raise
+
+
 class Connections:
     """The connections of one mount, by VDI reference.
 
@@ -145,40 +226,29 @@ class Connections:
         self._open: dict[str, list[_Connection]] = {}
         self._wanted: set[str] = set()
         self._changed = trio.Event()
-        self._waiting = 0  # tasks that wait for it
+        self._queue: dict[str, int] = {}  # VDIs that wait for a place, and how many reads of each
 
     def __repr__(self) -> str:
         connections = [c for group in self._open.values() for c in group]
         busy = sum(bool(c.users) for c in connections)
         return f"<Connections {len(connections)} of {self._limit}, {busy} busy>"
 
-    async def read_into(self, ref: str, buffer: memoryview | bytearray, offset: int) -> None:
-        """Read from a VDI over its least busy connection, made if there is none; it stays open.
+    def use(self, ref: str) -> "Use":
+        """Return a use of a VDI, to be entered: it then has a place until it is left."""
+        return Use(self, ref)
 
-        If cancelled while it is being made, it is made all the same, for the next.
-
-        Raises:
-            ExportLost: the connection was lost, and a fresh one may work.
-            CbtfsError: it could not be made, or the VDI not be read.
-        """
+    async def enter(self, ref: str) -> _Connection:
+        """Return the least busy connection to a VDI, made if there is none, for one more user."""
         connection = await self._find(ref)
         connection.enter()
-        done = 0
-        try:
-            if connection.export is None:
-                await connection.ready.wait()
-            if connection.export is None:
-                raise connection.why_not()
-            await connection.export.read_into(buffer, offset)
-            done = len(buffer)
-        except errors.ExportLost:
-            connection.end()
-            raise
-        finally:
-            connection.leave(done)
-            if not connection.users:
-                self._rest(ref)
-                self._tell()
+        return connection
+
+    def left(self, connection: _Connection, done: int) -> None:
+        """Note that a user of a connection has left, after reading so many bytes."""
+        connection.leave(done)
+        if not connection.users:
+            self._rest(connection.ref)
+            self._tell()
 
     def want(self, ref: str) -> None:
         """Keep one connection to a VDI, once there is one: somebody may want to read it."""
@@ -210,25 +280,61 @@ class Connections:
 
     async def _find(self, ref: str) -> _Connection:
         """Return a connection to a VDI, as soon as it has a place; it may not be ready."""
-        while True:
-            group = self._open.get(ref, [])
-            usable = [c for c in group if not c.ending]
-            if usable:
-                if self._is_short(usable):
-                    self._begin(ref)
-                # one that is not ready is no help while another one is
-                return min(usable, key=lambda c: (not c.ready.is_set(), c.users))
-            if group:
-                await group[0].gone.wait()
-            elif self._count() < self._limit:
-                return self._begin(ref)
-            else:
-                await self._make_room()
+        usable = self._usable(ref)
+        if not usable:
+            usable = await self._queued(ref)
+        elif self._is_short(usable):
+            self._begin(ref)
+        # one that is not ready is no help while another one is
+        return min(usable, key=lambda c: (not c.ready.is_set(), c.users))
+
+    def _usable(self, ref: str) -> list[_Connection]:
+        return [c for c in self._open.get(ref, ()) if not c.ending]
+
+    async def _queued(self, ref: str) -> list[_Connection]:
+        """Wait for a place for a VDI, and return the connection that has it."""
+        self._queue[ref] = self._queue.get(ref, 0) + 1
+        try:
+            while not (usable := self._usable(ref)):
+                free = self._limit - self._count()
+                if ref not in self._open and ref in list(self._queue)[: max(free, 0)]:
+                    return [self._begin(ref)]
+                self._press()
+                with trio.move_on_after(PRESS):
+                    await self._changed.wait()
+            return usable
+        finally:
+            self._queue[ref] -= 1
+            if not self._queue[ref]:
+                del self._queue[ref]
+                self._tell()
+
+    def _press(self) -> None:
+        """Have as many connections end as VDIs wait for their places."""
+        connections = [c for group in self._open.values() for c in group]
+        going = sum(c.ending for c in connections)
+        short = len(self._queue) - (self._limit - len(connections)) - going
+        for helper in [c for group in self._open.values() for c in group[1:] if not c.ending]:
+            if short > 0:
+                helper.retire()
+                short -= 1
+        idle_first = sorted(
+            connections, key=lambda c: (c.users > 0, c.used if not c.users else c.opened)
+        )
+        for connection in idle_first:
+            if (
+                short > 0
+                and not connection.ending
+                and connection.may_go(wanted=connection.ref in self._wanted)
+            ):
+                connection.retire()
+                short -= 1
 
     def _is_short(self, group: list[_Connection]) -> bool:
         """Tell whether another connection would have something to do, and may be made now."""
         return (
             len(group) < EACH
+            and not self._queue
             and self._count() < self._limit
             and all(c.ready.is_set() and c.is_slow() for c in group)
         )
@@ -253,21 +359,6 @@ class Connections:
         for connection in idle:
             connection.hold.deadline = trio.current_time() + IDLE
 
-    async def _make_room(self) -> None:
-        """Close the connection that has been idle longest, or wait for something to change."""
-        connections = [c for group in self._open.values() for c in group]
-        idle = [c for c in connections if not c.users and not c.ending]
-        if idle:
-            oldest = min(idle, key=lambda c: c.used)
-            oldest.end()
-            await oldest.gone.wait()
-        else:
-            self._waiting += 1
-            try:
-                await self._changed.wait()
-            finally:
-                self._waiting -= 1
-
     async def _run(self, connection: _Connection) -> None:
         try:
             with connection.task:
@@ -287,6 +378,7 @@ class Connections:
     async def _hold(self, connection: _Connection) -> None:
         async with self._exporter.open_export(connection.ref) as connection.export:
             connection.ready.set()
+            connection.opened = trio.current_time()
             connection.begin()
             self._rest(connection.ref)
             with connection.hold:
@@ -294,6 +386,6 @@ class Connections:
             connection.closing = True
 
     def _tell(self) -> None:
-        if self._waiting:
+        if self._queue:
             self._changed.set()
             self._changed = trio.Event()

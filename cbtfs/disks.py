@@ -31,12 +31,12 @@ import logging
 from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import trio
 
 from . import errors, process
-from .connections import CLOSE_LIMIT, LIMIT, Connections, Exporter
+from .connections import CLOSE_LIMIT, LIMIT, Connections, Exporter, Use
 from .inventory import VDI, Inventory, Owned, read_owner
 
 log = logging.getLogger(__name__)
@@ -127,13 +127,9 @@ class Source:
         """Whether a file that is opened now shows what this one shows; see rules 2 and 3."""
         return self.files > 0 or (self.vdi.is_a_snapshot and not self.idle.cancel_called)
 
-    async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
-        """Fill ``buffer`` with the bytes at ``offset``; the first read prepares what it takes.
-
-        Raises:
-            CbtfsError: the snapshot could not be taken, or the disk not be read.
-        """
-        await self.disks.fill(self, buffer, offset)
+    def reading(self) -> "Reading":
+        """Return a read of it, to be entered: the first one prepares what it takes."""
+        return Reading(self.disks, self)
 
     async def wait_gone(self) -> None:
         """Wait until everything it held is given back."""
@@ -144,6 +140,46 @@ class Source:
         """Abandon whatever it still holds."""
         if self.instant is not None:
             self.instant.task.cancel()
+
+
+class Reading:
+    """One read of a source; it fits ``cache.Reading`` once it is entered.
+
+    Entering it raises CbtfsError if the snapshot could not be taken.
+    """
+
+    def __init__(self, disks: "Disks", source: Source) -> None:
+        self._disks = disks
+        self._source = source
+        self._use: Use | None = None
+
+    async def __aenter__(self) -> "Reading":
+        """Wait for the snapshot and for a connection."""
+        use = await self._disks.use(self._source)
+        self._use = await use.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Leave the connection to others."""
+        if self._use is not None:
+            await self._use.__aexit__(*error)
+
+    async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``, if need be over several connections.
+
+        Raises:
+            CbtfsError: the disk could not be read.
+        """
+        use = cast(Use, self._use)
+        for wait in range(TRIES - 1):
+            try:
+                await use.read_into(buffer, offset)
+            except errors.ExportLost as error:
+                log.info("reading %s anew: %s", self._source.vdi.uuid, error)
+                await trio.sleep(1 + wait)  # xapi needs a moment to clean up after a lost one
+            else:
+                return
+        await use.read_into(buffer, offset)
 
 
 class Disks:
@@ -202,13 +238,13 @@ class Disks:
         else:
             del self._newest[source.vdi.ref]
 
-    async def fill(self, source: Source, buffer: memoryview | bytearray, offset: int) -> None:
-        """Fill ``buffer`` with the bytes of ``source`` at ``offset``.
+    async def use(self, source: Source) -> Use:
+        """Return a use of what ``source`` reads from, which is taken if need be.
 
         Cancelling it leaves snapshot and connection to those who read next.
 
         Raises:
-            CbtfsError: the snapshot could not be taken, or the disk not be read.
+            CbtfsError: the snapshot could not be taken.
         """
         if self._ended:
             raise errors.ExportError("the mount is ending")
@@ -217,15 +253,7 @@ class Disks:
             await instant.ready.wait()
         if instant.error is not None:
             raise instant.error
-        for wait in range(TRIES - 1):
-            try:
-                await self._connections.read_into(instant.ref, buffer, offset)
-            except errors.ExportLost as error:
-                log.info("reading %s anew: %s", source.vdi.uuid, error)
-                await trio.sleep(1 + wait)  # xapi needs a moment to clean up after a lost one
-            else:
-                return
-        await self._connections.read_into(instant.ref, buffer, offset)
+        return self._connections.use(instant.ref)
 
     def has_open(self, vdi_refs: Collection[str]) -> bool:
         """Tell whether a file of one of these VDIs is open."""

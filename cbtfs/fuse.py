@@ -358,6 +358,8 @@ class Filesystem(pyfuse3.Operations):
         file = self._files.pop(fh)
         if file.source is not None:
             self._disks.close(file.source)
+            if file.streams is not None:
+                self._cache.close(file.streams)
             if not file.source.files:
                 self._stuck.discard(file.source.key)
 

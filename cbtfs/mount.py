@@ -47,7 +47,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-TASKS = 256
+TASKS = 2048
 """Requests that are answered at the same time; those of a stuck disk must not hold up ``ls``."""
 
 LEFTOVERS_LIMIT = 30.0

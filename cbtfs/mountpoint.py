@@ -11,7 +11,10 @@ import re
 import select
 import shutil
 import subprocess
+import tempfile
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +37,10 @@ READ_AHEAD = 8 * units.MiB
 """Bytes that the kernel reads ahead in our files, where it lets us say so. It asks for a MiB at a
 time then, instead of 128 KiB."""
 
-BACKGROUND = 64
-"""Requests of the kernel under way at a time for what nobody waits for yet; by default 12."""
+BACKGROUND = 1024
+"""Requests of the kernel under way at a time for what nobody waits for yet, over all disks. By
+default they are 12: those of disks that wait for a connection then keep the kernel from asking for
+disks that have one. As many as 64 disks ask for at most."""
 
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 """What a mount answers whose process has died; the second to what was under way then."""
@@ -102,18 +107,33 @@ def tune(path: Path) -> bool:
     """
     device = path.stat().st_dev
     major, minor = os.major(device), os.minor(device)
-    settings = {
-        f"/sys/class/bdi/{major}:{minor}/read_ahead_kb": READ_AHEAD // units.KiB,
-        f"/sys/fs/fuse/connections/{minor}/max_background": BACKGROUND,
-        f"/sys/fs/fuse/connections/{minor}/congestion_threshold": BACKGROUND,
-    }
-    agreed = True
-    for file, value in settings.items():
+    try:
+        ahead = Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb")
+        ahead.write_text(str(READ_AHEAD // units.KiB))
+        with control() as connections:
+            for name in ("max_background", "congestion_threshold"):
+                (connections / str(minor) / name).write_text(str(BACKGROUND))
+    except (OSError, subprocess.CalledProcessError):  # another user than root, or a container
+        return False
+    return True
+
+
+@contextmanager
+def control() -> Generator[Path]:
+    """Yield where the kernel's connections to FUSE file systems are controlled.
+
+    Where systemd has not mounted that, it is mounted for a moment in a place of our own.
+    """
+    usual = Path("/sys/fs/fuse/connections")
+    if os.path.ismount(usual):
+        yield usual
+        return
+    with tempfile.TemporaryDirectory(prefix="cbtfs-") as place:
+        subprocess.run(["mount", "-t", "fusectl", "none", place], check=True, capture_output=True)
         try:
-            Path(file).write_text(str(value))
-        except OSError:  # another user than root, a container, or no fusectl mounted
-            agreed = False
-    return agreed
+            yield Path(place)
+        finally:
+            subprocess.run(["umount", place], check=True, capture_output=True)
 
 
 def check_fuse() -> None:

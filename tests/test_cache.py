@@ -1,6 +1,8 @@
 """Tests of cbtfs.cache: one fetch per chunk, bounded memory, no way to hang or to lose a reader."""
 
 import random
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -28,6 +30,10 @@ class SlowReader:
     @property
     def size(self) -> int:
         return len(self.data)
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncGenerator["SlowReader"]:
+        yield self
 
     async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
         self.asked.append((offset, len(buffer)))

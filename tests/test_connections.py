@@ -53,7 +53,8 @@ async def connections(pool: GatedPool) -> AsyncIterator[Connections]:
 
 async def read(connections: Connections, ref: str) -> bytes:
     buffer = bytearray(4)
-    await connections.read_into(ref, buffer, 0)
+    async with connections.use(ref) as use:
+        await use.read_into(buffer, 0)
     return bytes(buffer)
 
 
@@ -111,6 +112,50 @@ async def test_a_busy_connection_is_waited_for(pool: GatedPool, connections: Con
 
     assert "c" in pool.open_now
     assert pool.most_open == 2
+
+
+async def test_who_is_always_busy_gives_way_after_a_turn(
+    pool: GatedPool, connections: Connections, autojump_clock: trio.abc.Clock
+) -> None:
+    """Also when all that a busy one does overlaps; it goes on when its turn comes again."""
+    over = trio.Event()
+    served: list[str] = []
+    for ref in REFS:
+        connections.want(ref)
+
+    async def reader(ref: str) -> None:
+        while not over.is_set():
+            assert await read(connections, ref) == ref.encode() * 4
+            served.append(ref)
+            await trio.sleep(0.05)
+
+    async with trio.open_nursery() as nursery:
+        for ref in ("a", "b", "c", "d"):
+            for _ in range(3):
+                nursery.start_soon(reader, ref)
+        await trio.sleep(10 * cbtfs.connections.TURN)
+        over.set()
+
+    assert pool.most_open == 2
+    assert min(served.count(ref) for ref in "abcd") > len(served) / 8
+    assert all(2 <= pool.opened[ref] <= 6 for ref in "abcd")
+
+
+async def test_a_reader_in_order_keeps_its_connection_between_two_reads(
+    pool: GatedPool, connections: Connections, autojump_clock: trio.abc.Clock
+) -> None:
+    async def reader(ref: str) -> None:
+        connections.want(ref)
+        for _ in range(20):
+            await read(connections, ref)
+            await trio.sleep(0.1)
+        connections.leave(ref)
+
+    async with trio.open_nursery() as nursery:
+        for ref in REFS:
+            nursery.start_soon(reader, ref)
+
+    assert all(pool.opened[ref] == 1 for ref in REFS)
 
 
 async def busy(connections: Connections, *, readers: int, reads: int) -> None:

@@ -33,7 +33,8 @@ async def disks(pool: MemoryPool) -> AsyncIterator[Disks]:
 
 async def first_bytes(source: Source) -> bytes:
     buffer = bytearray(8)
-    await source.read_into(buffer, 0)
+    async with source.reading() as reading:
+        await reading.read_into(buffer, 0)
     return bytes(buffer)
 
 

@@ -232,8 +232,12 @@ async def test_the_kernel_is_told_to_read_further_ahead(
         device = (await trio.to_thread.run_sync(top.stat)).st_dev
         told = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
         ahead = int(await trio.to_thread.run_sync(told.read_text)) * units.KiB
+        with mountpoint.control() as connections:
+            limit = connections / str(os.minor(device)) / "max_background"
+            background = int(await trio.to_thread.run_sync(limit.read_text))
 
     assert (ahead == mountpoint.READ_AHEAD) is tuned
+    assert (background == mountpoint.BACKGROUND) is tuned
 
 
 async def test_a_live_disk_read_twice_shows_two_instants(pool: MemoryPool, live: Path) -> None:
