@@ -27,7 +27,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import trio
 
@@ -261,7 +261,7 @@ class Cache:
         finally:
             del self._fetches[key]
             fetch.done.set()
-        chunk = _Chunk(data.toreadonly(), buffer, fetch)
+        chunk = _Chunk(data.toreadonly(), cast(memoryview, buffer), fetch)
         self._keep(key, chunk)
         return chunk.data
 
