@@ -27,7 +27,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol
 
 import trio
 
@@ -240,7 +240,7 @@ class Cache:
         self, reader: Reader, key: _Key, fetch: _Fetch, room: trio.Semaphore
     ) -> memoryview:
         _, size, index = key
-        buffer = None
+        buffer = memoryview(b"")
         try:
             async with reader.reading() as reading:
                 await _take(room)
@@ -253,7 +253,7 @@ class Cache:
         except BaseException as error:
             if isinstance(error, Exception):
                 fetch.error = error
-            if buffer is not None:
+            if buffer:
                 self._lent -= size
                 self._give(buffer)
             self._was_read(key)
@@ -261,7 +261,7 @@ class Cache:
         finally:
             del self._fetches[key]
             fetch.done.set()
-        chunk = _Chunk(data.toreadonly(), cast(memoryview, buffer), fetch)
+        chunk = _Chunk(data.toreadonly(), buffer, fetch)
         self._keep(key, chunk)
         return chunk.data
 
