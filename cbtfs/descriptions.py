@@ -11,11 +11,19 @@ from datetime import datetime
 import msgspec
 
 from . import catalogue
-from .inventory import SR, VDI, VM, Disk, Inventory
+from .inventory import SR, VDI, VM, Disk, Inventory, read_owner
 
 Facts = tuple[VDI, SR | None, str, tuple[str, ...], tuple[tuple[str, str, str], ...]]
-"""A disk, its SR, the uuid of what it was taken of, those of its snapshots, and whose it is: uuid,
-name and device of each."""
+"""A disk, its SR, the uuid of what it was taken of, those of its snapshots that have a file, and
+whose it is: uuid, name and device of each."""
+
+
+def is_shown(vdi: VDI) -> bool:
+    """Tell whether ``vdi`` has a file in the mount: it can be read, and is no tool of our own."""
+    if not vdi.is_readable:
+        return False
+    owned = read_owner(vdi.other_config, vdi.uuid)
+    return owned is None or owned.role != "live"
 
 
 def of_pool(inventory: Inventory, shown: Sequence[VDI]) -> bytes:
@@ -79,7 +87,7 @@ def facts(inventory: Inventory, vdi: VDI) -> Facts:
         vdi,
         inventory.srs.get(vdi.sr_ref),
         origin.uuid if origin else "",
-        tuple(snapshot.uuid for snapshot in inventory.snapshots_of(vdi)),
+        tuple(snapshot.uuid for snapshot in inventory.snapshots_of(vdi) if is_shown(snapshot)),
         tuple((vm.uuid, vm.name, device) for vm, device in holders if vm),
     )
 

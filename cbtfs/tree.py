@@ -28,7 +28,7 @@ from typing import Literal
 
 from . import descriptions, errors, inventory as inventories
 from .catalogue import Catalogue
-from .descriptions import Facts
+from .descriptions import Facts, is_shown
 from .inventory import VDI, VM, Disk, Inventory
 from .names import NAME_MAX, safe_names
 
@@ -366,14 +366,6 @@ def build(
     if backups is not None:
         _add_backups(builder, backups, store_path)
     return builder.finish()
-
-
-def is_shown(vdi: VDI) -> bool:
-    """Tell whether ``vdi`` has a file in the mount: it can be read, and is no tool of our own."""
-    if not vdi.is_readable:
-        return False
-    owned = inventories.read_owner(vdi.other_config, vdi.uuid)
-    return owned is None or owned.role != "live"
 
 
 def _add_files(builder: _Builder, inventory: Inventory, shown: Sequence[VDI]) -> None:

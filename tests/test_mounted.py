@@ -20,6 +20,7 @@ import pytest
 
 from cbtfs import background, mountpoint
 from tests.simulated import Api, RunningPool, running_pool
+from tests.smallvm import running_small
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(120)]
 
@@ -452,3 +453,34 @@ def test_umount_returns_when_the_process_has_gone(user: User) -> None:
 
     assert is_gone(pid)
     assert temporary_snapshots(user.pool) == []
+
+
+# ── The tree as a source of copies ───────────────────────────────────────────────────────────────
+
+
+def test_rsync_of_the_tree_moves_nothing_the_second_time(tmp_path: Path) -> None:
+    """Over a remount inode numbers stay; there it has to look into what is no snapshot.
+
+    But reading a live disk changes what is told of it: how much it takes in the pool.
+    """
+
+    top = tmp_path / "mnt"
+
+    def rsync(*options: str) -> list[str]:
+        words = ["rsync", "-aH", "--sparse", "--itemize-changes", *options]
+        return run(*words, f"{top}/", tmp_path / "copy").splitlines()
+
+    def inodes() -> str:
+        return run("find", top, "-printf", "%P %i\n")
+
+    with running_small(tmp_path / "pool") as small:
+        small.api.call("VM.snapshot", small.vm, "nightly")
+        user = User(small.pool, tmp_path)
+        with user.mounted():
+            assert any("by-uuid" in line for line in rsync())
+            assert [line for line in rsync() if not line.endswith(".json")] == []
+            before = inodes()
+        with user.mounted():
+            assert inodes() == before
+            moved = [line for line in rsync("--checksum") if line.startswith(">f")]
+    assert [line for line in moved if not line.endswith(".json")] == []

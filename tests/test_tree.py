@@ -12,6 +12,7 @@ from hypothesis import given, strategies as st
 
 from cbtfs import errors, inventory as inventories, tree
 from cbtfs.catalogue import Catalogue, Point, VMHistory
+from cbtfs.descriptions import is_shown
 from cbtfs.inventory import SR, VBD, VDI, VM, Host, Inventory, Network, Owned, Pool
 from cbtfs.tree import ROOT, Node, Tree
 
@@ -195,7 +196,7 @@ def test_the_base_of_a_store_is_shown_while_it_has_data() -> None:
     owned = Owned(self_uuid=NIGHTLY_DISK.uuid, role="base", store="x")
     tagged = {inventories.TAG_OWNER: inventories.write_owner(owned)}
 
-    assert tree.is_shown(replace(NIGHTLY_DISK, other_config=tagged))
+    assert is_shown(replace(NIGHTLY_DISK, other_config=tagged))
 
 
 def test_templates_and_control_domains_are_no_vms_here() -> None:
