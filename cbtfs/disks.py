@@ -28,7 +28,8 @@ A snapshot VDI needs no instant, but its connection is kept in the same way, to 
 
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Collection
+from collections import Counter
+from collections.abc import AsyncGenerator, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -205,11 +206,27 @@ class Disks:
         self._options = options
         self._newest: dict[str, Source] = {}
         self._running: set[Source] = set()
+        self._taking: Counter[str] = Counter()  # VDIs of which a snapshot is being taken
+        self._temporary: set[str] = set()  # snapshots that were taken here
         self._ended = False
 
     def allows(self, vdi: VDI) -> bool:
         """Whether ``vdi`` may be opened at all."""
         return vdi.is_a_snapshot or self._options.live
+
+    def temporary(self, vdis: Iterable[VDI]) -> frozenset[str]:
+        """Return the references of those of ``vdis`` that are, or may be, temporary snapshots.
+
+        The pool tells of a snapshot before we can tag it, and before we know which one it is.
+        """
+        if not self._taking and not self._temporary:
+            return frozenset()
+        return frozenset(
+            vdi.ref
+            for vdi in vdis
+            if vdi.is_a_snapshot
+            and (vdi.ref in self._temporary or (self._taking[vdi.snapshot_of] and not vdi.vbd_refs))
+        )
 
     def open(self, vdi: VDI, *, size: int) -> Source:
         """Return what a file that is opened now reads, ``size`` bytes of ``vdi``.
@@ -322,8 +339,15 @@ class Disks:
             return vdi.ref
         owner = owned(ROLE)
         name = f"cbtfs: read by process {owner.pid} on {owner.host}"
-        with trio.move_on_after(SNAPSHOT_LIMIT):
-            return await self._pool.snapshot_vdi(vdi.ref, name=name, owner=owner)
+        self._taking[vdi.ref] += 1
+        try:
+            with trio.move_on_after(SNAPSHOT_LIMIT):
+                ref = await self._pool.snapshot_vdi(vdi.ref, name=name, owner=owner)
+                self._temporary.add(ref)
+                return ref
+        finally:
+            self._taking[vdi.ref] -= 1
+            self._taking += Counter()  # without what is 0 now
         raise errors.PoolError(f"the snapshot of VDI {vdi.uuid} took over {SNAPSHOT_LIMIT:.0f} s")
 
     async def _drop(self, vdi: VDI, ref: str) -> None:
@@ -334,6 +358,7 @@ class Disks:
         try:
             with trio.fail_after(DESTROY_LIMIT):
                 await self._pool.destroy_vdi(ref)
+            self._temporary.discard(ref)
         except (errors.CbtfsError, trio.TooSlowError) as error:
             log.warning("the temporary snapshot of VDI %s stays for now: %s", vdi.uuid, error)
 

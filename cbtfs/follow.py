@@ -111,15 +111,21 @@ class View:
     def __repr__(self) -> str:
         return f"<View {self.tree!r}>"
 
-    def renew(self, inventory: Inventory, catalogue: Catalogue | None) -> Changes:
-        """Build the next tree, and return what is different; for a thread."""
+    def renew(
+        self, inventory: Inventory, catalogue: Catalogue | None, *, hidden: frozenset[str]
+    ) -> Changes:
+        """Build the next tree without ``hidden``; return what is different; for a thread."""
         before = self.tree
-        tree = self._build(inventory, catalogue, before)
+        tree = self._build(inventory, catalogue, before, hidden)
         self.inventory, self.catalogue, self.tree = inventory, catalogue, tree
         return trees.changes(before, tree)
 
     def _build(
-        self, inventory: Inventory, catalogue: Catalogue | None, earlier: Tree | None
+        self,
+        inventory: Inventory,
+        catalogue: Catalogue | None,
+        earlier: Tree | None,
+        hidden: frozenset[str] = frozenset(),
     ) -> Tree:
         return trees.build(
             inventory,
@@ -127,6 +133,7 @@ class View:
             store_path=self._store_path,
             now=datetime.now(UTC),
             earlier=earlier,
+            hidden=hidden,
         )
 
 
@@ -263,7 +270,9 @@ class _Follower:
                 inventory, assembling = await _timed(view.source.replica.inventory)
         for problem in sorted(set(inventory.problems) - set(known.problems)):
             log.warning("%s", problem)
-        changes, building = await _timed(partial(view.renew, inventory, self._catalogue))
+        hidden = self._filesystem.temporary(inventory)
+        build = partial(view.renew, inventory, self._catalogue, hidden=hidden)
+        changes, building = await _timed(build)
         self._filesystem.switch(view.tree, view.inventory)
         if changes:
             self._stale.append(changes)

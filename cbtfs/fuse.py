@@ -210,6 +210,10 @@ class Filesystem(pyfuse3.Operations):
         except errors.NotFound:
             return f"inode {number}"
 
+    def temporary(self, inventory: Inventory) -> frozenset[str]:
+        """Return the references of snapshots that are only there because somebody reads a disk."""
+        return self._disks.temporary(inventory.vdis.values())
+
     def switch(self, tree: Tree, inventory: Inventory) -> None:
         """Show another tree from now on; ``invalidate`` then makes the kernel forget the other."""
         self._tree = tree

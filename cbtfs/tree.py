@@ -20,7 +20,7 @@ Rules of this file:
 4. Names from the pool become file names only through ``names.safe_names``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -340,6 +340,7 @@ def build(
     store_path: str,
     now: datetime,
     earlier: Tree | None = None,
+    hidden: Collection[str] = (),
 ) -> Tree:
     """Return the tree of a pool.
 
@@ -349,9 +350,10 @@ def build(
         store_path: absolute path of that store.
         now: modification time of whatever is no snapshot, and not in ``earlier`` as it is now.
         earlier: the tree that this one takes the place of.
+        hidden: references of VDIs that are not shown.
     """
     builder = _Builder(_ns(now), earlier)
-    shown = [vdi for vdi in inventory.vdis.values() if is_shown(vdi)]
+    shown = [v for v in inventory.vdis.values() if is_shown(v) and v.ref not in hidden]
     builder.text(ROOT, "README.txt", "README.txt", content=README)
     builder.text(ROOT, "pool.json", "pool.json", content=descriptions.of_pool(inventory, shown))
     _add_files(builder, inventory, shown)
