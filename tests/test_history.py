@@ -24,8 +24,8 @@ SEED = int(os.environ.get("CBTFS_SEED", "20261122"))
 HISTORY = 80
 """Steps of one VM; the next begins anew, with an empty store."""
 
-FEWEST = 20
-"""Histories of one seed: the first of them are the simplest that there are."""
+FEWEST = 20 if MINUTES else 1
+"""Histories of one seed in a long run: the first of them are the simplest that there are."""
 
 SETTINGS = settings(
     stateful_step_count=HISTORY,
