@@ -308,7 +308,8 @@ class Filesystem(pyfuse3.Operations):
         if flags & (os.O_WRONLY | os.O_RDWR):
             raise pyfuse3.FUSEError(errno.EROFS)
         file = _File(node, ctx.pid)
-        keep_cache = True
+        # of a text, who opened it before a change would leave the old pages to those who come after
+        keep_cache = False
         if node.vdi_ref:
             vdi = self._inventory.vdis.get(node.vdi_ref)
             if vdi is None:

@@ -193,6 +193,22 @@ def test_a_disk_that_grows_shows_its_new_size(top: Path, api: Api) -> None:
     assert f'"size": {size + (4 << 20)}' in (top / f"by-uuid/{uuid}.json").read_text()
 
 
+def test_what_was_open_during_a_change_does_not_hide_it_from_others(top: Path, api: Api) -> None:
+    vdi = api.named("VDI", "odd size")
+    described = top / f"by-uuid/{api.records('VDI')[vdi]['uuid']}.json"
+    with described.open() as opened:
+        api.call("VDI.set_name_description", vdi, "changed")
+        api.call("VDI.set_name_label", vdi, "odder size")
+        try:
+            assert soon(lambda: (top / "by-name/odder size.raw").is_symlink())
+            time.sleep(0.5)  # until the kernel has forgotten what it knew
+            assert '"odd size"' in opened.read()
+
+            assert '"odder size"' in described.read_text()
+        finally:
+            api.call("VDI.set_name_label", vdi, "odd size")
+
+
 def test_an_open_file_keeps_its_size(top: Path, api: Api) -> None:
     vdi = api.named("VDI", "odd size")
     uuid = str(api.records("VDI")[vdi]["uuid"])
