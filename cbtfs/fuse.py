@@ -20,24 +20,22 @@ import errno
 import functools
 import logging
 import os
-import signal
 import stat
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar, Unpack, cast
+from typing import NoReturn, TypeVar, Unpack, cast
 
 import pyfuse3
 import trio
 
-from . import __version__, errors, units
+from . import __version__, errors, maker as makers, units
 from .cache import Cache
 from .disks import Disks, Source, owned
-from .inventory import VDI, Inventory, Owned
-from .names import safe_names
+from .inventory import VDI, Inventory
+from .maker import Maker, refusals, valid_name
+from .patience import Patience, TooSlow
 from .readahead import Streams
 from .tree import Changes, Node, Tree, is_made
 
@@ -56,28 +54,13 @@ SNAPSHOT_TIMEOUT = 3600.0
 STUCK = 10.0
 """Seconds until a read of a disk fails of which another was not answered in time, at most."""
 
-SNAPSHOT_LIMIT = 300.0
-"""Seconds that a pool gets to take or remove a snapshot: its SR may be busy with others."""
-
 CLOSING = 1.0
 """Seconds in which the kernel tells of a file that was closed."""
-
-WATCH_INTERVAL = 1.0
-"""Seconds between two looks at whether the process behind a slow read was killed."""
 
 REPORTED = 256
 """Failures that are remembered, so as not to be logged again."""
 
 XATTR_PREFIX = "user.cbtfs."
-
-_REFUSALS = {
-    # code of xapi or of SM (sm, drivers/XE_SR_ERRORCODES.xml)
-    "SR_BACKEND_FAILURE_44": errno.ENOSPC,
-    "SR_BACKEND_FAILURE_109": errno.EMLINK,  # the chain of snapshots is too long
-    "RBAC_PERMISSION_DENIED": errno.EACCES,
-    "OTHER_OPERATION_IN_PROGRESS": errno.EBUSY,
-    "VDI_IN_USE": errno.EBUSY,
-}
 
 _MODES = {"dir": stat.S_IFDIR | 0o550, "file": stat.S_IFREG | 0o440, "link": stat.S_IFLNK | 0o777}
 
@@ -134,32 +117,6 @@ class _File:
     streams: Streams | None = None
 
 
-class Maker(Protocol):
-    """What takes and removes snapshots of VMs: a pool."""
-
-    async def make_snapshot(self, vm_ref: str, name: str, *, owner: Owned) -> tuple[str, list[str]]:
-        """Snapshot a VM, tag it and its disks, and return its and their references."""
-        ...
-
-    async def remove_snapshot(self, vm_ref: str) -> None:
-        """Destroy a snapshot VM of ours with its disks."""
-        ...
-
-
-class _TooSlow(errors.ExportError):
-    """What a request waited for did not come in time."""
-
-
-@dataclass(slots=True, eq=False)
-class _Wait:
-    """A request under way: cancelled by its deadline, or because its process was killed."""
-
-    pid: int
-    since: float
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    killed: bool = False
-
-
 class Filesystem(pyfuse3.Operations):
     """A pool's tree; nothing in it can be changed but that snapshots of VMs come and go.
 
@@ -184,6 +141,7 @@ class Filesystem(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.failures = Failures()
+        self.patience = Patience()
         self._tree = tree
         self._inventory = inventory
         self._disks = disks
@@ -196,7 +154,6 @@ class Filesystem(pyfuse3.Operations):
         self._last_handle = 0
         self._files: dict[int, _File] = {}
         self._folders: dict[int, list[Node]] = {}
-        self._waits: set[_Wait] = set()
         self._stuck: set[str] = set()  # keys of sources of which a read was not answered in time
 
     def name_of(self, action: str, number: object) -> str:
@@ -347,11 +304,11 @@ class Filesystem(pyfuse3.Operations):
         What was not answered in time is asked for again by the kernel, piece by piece: so of a disk
         that is stuck nobody waits for as long again, until it answers.
         """
-        patience = min(self._timeout / 4, STUCK) if source.key in self._stuck else self._timeout
+        limit = min(self._timeout / 4, STUCK) if source.key in self._stuck else self._timeout
         try:
-            with self._waiting(file.pid, patience):
+            with self.patience.bounded(file.pid, limit):
                 data = await self._cache.read(source, offset=off, length=size, streams=file.streams)
-        except _TooSlow:
+        except TooSlow:
             self._stuck.add(source.key)
             raise
         self._stuck.discard(source.key)
@@ -376,8 +333,8 @@ class Filesystem(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Take a snapshot of the VM whose snapshots the folder holds; return when it shows."""
         maker, vm_ref = self._making(parent_inode)
-        text = _valid_name(name)
-        with self._waiting(ctx.pid, SNAPSHOT_LIMIT), _refused():
+        text = valid_name(name)
+        with self.patience.bounded(ctx.pid, makers.LIMIT), refusals():
             ref, disks = await maker.make_snapshot(vm_ref, text, owner=owned("made"))
             while not self._shows(ref, disks):
                 await self._switched.wait()
@@ -397,7 +354,7 @@ class Filesystem(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EPERM)
         disks = {disk.vdi.ref for disk in self._inventory.disks_of(snapshot)}
         await self._await_closed(disks)
-        with self._waiting(ctx.pid, SNAPSHOT_LIMIT), _refused():
+        with self.patience.bounded(ctx.pid, makers.LIMIT), refusals():
             await self._disks.let_go(disks)
             await maker.remove_snapshot(snapshot.ref)
             while snapshot.ref in self._inventory.vms:
@@ -430,38 +387,6 @@ class Filesystem(pyfuse3.Operations):
         if vm is None or not is_made(vm):
             return False
         return {disk.vdi.ref for disk in self._inventory.disks_of(vm)} >= set(disks)
-
-    # ── Life ─────────────────────────────────────────────────────────────────────────────────
-
-    async def watch_readers(self) -> None:
-        """End the reads of killed processes, for ever.
-
-        A process that waits for an answer cannot die before it has one (unless the kernel reads
-        ahead for it), and pyfuse3 does not pass on that the kernel wants to interrupt a request.
-        Of a file that was handed to another process only the one who opened it is known.
-        """
-        while True:
-            await trio.sleep(WATCH_INTERVAL)
-            slow = trio.current_time() - WATCH_INTERVAL
-            for wait in [w for w in self._waits if w.since < slow and _is_killed(w.pid)]:
-                wait.killed = True
-                wait.scope.cancel()
-
-    @contextmanager
-    def _waiting(self, pid: int, limit: float) -> Generator[None]:
-        """Bound what a request waits for, in seconds and by the life of its process."""
-        wait = _Wait(pid, trio.current_time())
-        wait.scope.deadline = wait.since + limit
-        self._waits.add(wait)
-        try:
-            with wait.scope:
-                yield
-        finally:
-            self._waits.discard(wait)
-        if wait.killed:
-            raise pyfuse3.FUSEError(errno.EINTR)
-        if wait.scope.cancelled_caught:
-            raise _TooSlow(f"no answer from the pool within {units.format_duration(limit)}")
 
     def _new_handle(self) -> int:
         self._last_handle += 1
@@ -533,29 +458,6 @@ for _change in (
     setattr(Filesystem, _change, _refuse)
 
 
-def _valid_name(name: bytes) -> str:
-    """Return the name of a snapshot whose folder is to be called ``name``."""
-    try:
-        text = name.decode()
-    except UnicodeDecodeError:
-        raise pyfuse3.FUSEError(errno.EINVAL) from None
-    if safe_names([("", text)])[""] != text:
-        raise pyfuse3.FUSEError(errno.EINVAL)
-    return text
-
-
-@contextmanager
-def _refused() -> Generator[None, None, None]:
-    """Tell the one who asked why a pool refuses, as far as there is an errno for it."""
-    try:
-        yield
-    except errors.XapiFailure as error:
-        if error.code not in _REFUSALS:
-            raise
-        log.warning("%s", error)
-        raise pyfuse3.FUSEError(_REFUSALS[error.code]) from error
-
-
 def invalidate(changes: Changes) -> None:
     """Make the kernel forget what is otherwise now, as far as it knows of it.
 
@@ -591,14 +493,3 @@ def _facts_of(vdi: VDI, inventory: Inventory) -> dict[str, str]:
         "snapshot_of": origin.uuid if origin else "",
         "snapshot_time": vdi.snapshot_time.isoformat() if vdi.is_a_snapshot else "",
     }
-
-
-def _is_killed(pid: int) -> bool:
-    """Tell whether a process has a SIGKILL waiting for it (proc(5): SigPnd, ShdPnd)."""
-    try:
-        # bytes: the process chose its name, which is in there too
-        lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")
-    except OSError:
-        return False  # gone, or not visible from here
-    pending = [int(line.split()[1], 16) for line in lines if line[:6] in {b"SigPnd", b"ShdPnd"}]
-    return any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)

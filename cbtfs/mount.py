@@ -31,8 +31,9 @@ from . import cache, disks, errors, follow, fuse, mountpoint as mountpoints, uni
 from .background import announce_end, announce_ready, start_background
 from .disks import DiskOptions, Pool
 from .follow import Backups, View, open_view
-from .fuse import Filesystem, Maker
+from .fuse import Filesystem
 from .inventory import Inventory
+from .maker import Maker
 from .mountpoint import umount
 
 __all__ = [
@@ -208,7 +209,7 @@ async def _answer(
                 stop = nursery.cancel_scope.cancel
                 answering.start_soon(_run_loop, loop, stop)
                 nursery.start_soon(_await_signal, stop)
-                nursery.start_soon(filesystem.watch_readers)
+                nursery.start_soon(filesystem.patience.watch)
                 await _try_out(path, tuned=tuned)
                 nursery.start_soon(following)
                 ready()

@@ -13,7 +13,7 @@ import pyfuse3
 import pytest
 import trio
 
-from cbtfs import errors, fuse, mountpoint, tree, units
+from cbtfs import errors, mountpoint, patience, tree, units
 from cbtfs.cache import open_cache
 from cbtfs.disks import open_disks
 from cbtfs.fuse import Failures, Filesystem
@@ -378,7 +378,7 @@ def test_a_reader_may_have_any_name() -> None:
         assert process.stdout is not None
         process.stdout.readline()
 
-        assert not fuse._is_killed(process.pid)
+        assert not patience.is_killed(process.pid)
         process.kill()
 
 
