@@ -203,7 +203,8 @@ class Export:
                     begun = len(call.requests)
                     await self._send(call, view, offset)
                     sent.append(call.requests[begun:])
-                if self._due <= SMALL and self._outbox is None:
+                alone = self._outbox is None and self._due == sum(len(view) for view, _ in parts)
+                if alone and self._due <= SMALL:
                     self._glance(call)
                 await self._answered(call)
         finally:
@@ -280,7 +281,7 @@ class Export:
         self._settle()
 
     def _glance(self, call: _Call) -> None:
-        """Wait for a small answer on the spot, for a moment.
+        """Wait for a small answer on the spot, for a moment; nothing else may be under way.
 
         A host in the same rack answers before trio would have looked for it. Where one does not,
         it is not waited for again for a while, longer each time.
