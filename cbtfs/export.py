@@ -52,15 +52,6 @@ BULK = units.MiB
 only. Over TLS, 1 GiB came in 36,000 turns of the loop and 2.1 s of processor time; now 1,800 and
 1.6 s."""
 
-SMALL = 128 * units.KiB
-"""Bytes due up to which an answer may be waited for on the spot."""
-
-GLANCE = 200e-6
-"""Seconds that it is waited for, in which nobody else gets a turn."""
-
-MAX_REST = 1024
-"""Small requests that are then not waited for; a host 2 ms away costs a ten-thousandth so."""
-
 Part = tuple[memoryview, int]
 """Where bytes are to go, and their offset on the disk."""
 
@@ -143,8 +134,6 @@ class Export:
         self._pumping = trio.CapacityLimiter(1)
         self._outbox: deque[_Request] | None = None  # requests for the pump's thread, if it has one
         self._bell = -1  # eventfd(2) that tells it of them
-        self._unhurried = 0  # small requests whose answers are not waited for on the spot
-        self._rest = 1  # how many they are after the next one that does not come
         self._heard = 0.0  # when the last bytes came, on a clock that threads have too
         self._greeted = trio.Event()
         self._ready = trio.Event()
@@ -203,9 +192,6 @@ class Export:
                     begun = len(call.requests)
                     await self._send(call, view, offset)
                     sent.append(call.requests[begun:])
-                alone = self._outbox is None and self._due == sum(len(view) for view, _ in parts)
-                if alone and self._due <= SMALL:
-                    self._glance(call)
                 await self._answered(call)
         finally:
             if call.pending:
@@ -279,35 +265,6 @@ class Export:
         if self._handle.aio_is_dead() or self._handle.aio_is_closed():
             self._lose("the host ended the connection")
         self._settle()
-
-    def _glance(self, call: _Call) -> None:
-        """Wait for a small answer on the spot, for a moment; nothing else may be under way.
-
-        A host in the same rack answers before trio would have looked for it. Where one does not,
-        it is not waited for again for a while, longer each time.
-        """
-        if self._unhurried:
-            self._unhurried -= 1
-            return
-        until = monotonic() + GLANCE
-        while call.pending and not self.lost:
-            left = until - monotonic()
-            if left <= 0:
-                self._unhurried = self._rest = min(2 * self._rest, MAX_REST)
-                return
-            if self._wants_to_write() or not self._has_something(left):
-                continue
-            self._heard = monotonic()
-            try:
-                self._handle.aio_notify_read()
-            except libnbd.Error as exc:
-                self._lose(self._told(exc))
-            self._notice_end()
-        self._rest = 1
-
-    def _has_something(self, seconds: float) -> bool:
-        """Wait until there is something to be received; False if there is not."""
-        return bool(select.select((cast(socket.socket, self._watched),), (), (), seconds)[0])
 
     async def _answered(self, call: _Call) -> None:
         while call.pending:

@@ -1,13 +1,15 @@
 """An export reads what is asked for, and ends in good order or with the right error."""
 
 import random
+import shutil
 import socket
 import struct
 import subprocess
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,46 @@ async def test_an_export_has_the_disks_size_and_bytes(own: Certificate, tls: boo
     async with export_of(NbdHost(own, tls=tls)) as export:
         assert export.size == SIZE
         assert await export.pread(SIZE, 0) == CONTENT
+
+
+@asynccontextmanager
+async def plain_nbdkit(file: Path) -> AsyncGenerator[NbdAddress]:
+    """Serve a file by threads, which answer in any order."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["nbdkit", "-f", "-r", "-i", "127.0.0.1", "-p", str(port), "file", str(file)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(trio.run_process, words, check=False))
+        for _ in range(100):
+            with suppress(OSError):
+                await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()
+                break
+            await trio.sleep(0.05)
+        yield NbdAddress("127.0.0.1", port, export_name="disk", tls=False)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.skipif(shutil.which("nbdkit") is None, reason="needs nbdkit")
+async def test_many_small_reads_at_once_are_all_answered(tmp_path: Path) -> None:
+    """By a server that answers faster than trio looks: each answer must find its reader."""
+    data = random.Random(3).randbytes(8 << 20)
+    await trio.Path(tmp_path / "disk").write_bytes(data)
+
+    async def reader(export: Export, number: int) -> None:
+        rng = random.Random(number)
+        for _ in range(500):
+            offset = rng.randrange(len(data) // 65536) * 65536
+            assert await export.pread(65536, offset) == data[offset : offset + 65536]
+            await trio.lowlevel.checkpoint()
+
+    with trio.fail_after(25):
+        async with (
+            plain_nbdkit(tmp_path / "disk") as address,
+            nbd.open_export(address) as export,
+            trio.open_nursery() as readers,
+        ):
+            for number in range(4):
+                readers.start_soon(reader, export, number)
 
 
 @pytest.mark.parametrize(
