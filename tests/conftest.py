@@ -21,7 +21,6 @@ LONG = {
     "test_follow_many",
     "test_history",
     "test_kill_matrix",
-    "test_killed",
     "test_mount_faults",
     "test_sync_many",
 }
