@@ -21,6 +21,7 @@
     │   ├── ReflinkUnsupported           1   this file system cannot clone
     │   └── ImageDamaged                 4   digests differ: never a base again
     ├── MountError                       1   the kernel or the mount point refused
+    │   └── Denied                       1   a request of somebody who uses the mount
     └── Interrupted                    130   SIGINT (143: SIGTERM), cleanly
 
 An error is one sentence for the user: what, where, and what to do. Foreign exceptions become one of
@@ -142,6 +143,19 @@ class ImageDamaged(StoreError):
 
 class MountError(CbtfsError):
     """The kernel, fusermount3 or the mount point refused."""
+
+
+class Denied(MountError):
+    """What somebody asked of a mount is refused, or given up.
+
+    Args:
+        message: one sentence, for the log.
+        errno: what the one who asked is told.
+    """
+
+    def __init__(self, message: str, *, errno: int) -> None:
+        self.errno = errno
+        super().__init__(message)
 
 
 class Interrupted(CbtfsError):

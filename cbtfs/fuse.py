@@ -78,6 +78,8 @@ def _answered(handler: _H) -> _H:
             return await handle(self, *args)
         except pyfuse3.FUSEError:
             raise
+        except errors.Denied as error:
+            raise pyfuse3.FUSEError(error.errno) from error
         except Exception as error:
             self.failures.report(action, self.name_of(action, args[0]), error)
             raise pyfuse3.FUSEError(errno.EIO) from error

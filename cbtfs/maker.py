@@ -6,8 +6,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
 
-import pyfuse3
-
 from . import errors
 from .names import safe_names
 from .owner import Owned
@@ -43,14 +41,14 @@ def valid_name(name: bytes) -> str:
     """Return the name of a snapshot whose folder is to be called ``name``.
 
     Raises:
-        FUSEError: EINVAL, it would be called otherwise.
+        Denied: EINVAL, it would be called otherwise.
     """
     try:
         text = name.decode()
     except UnicodeDecodeError:
-        raise pyfuse3.FUSEError(errno.EINVAL) from None
+        raise errors.Denied("a name is text in UTF-8", errno=errno.EINVAL) from None
     if safe_names([("", text)])[""] != text:
-        raise pyfuse3.FUSEError(errno.EINVAL)
+        raise errors.Denied(f"no folder can be called {text!r}", errno=errno.EINVAL)
     return text
 
 
@@ -63,4 +61,4 @@ def refusals() -> Generator[None]:
         if error.code not in _REFUSALS:
             raise
         log.warning("%s", error)
-        raise pyfuse3.FUSEError(_REFUSALS[error.code]) from error
+        raise errors.Denied(str(error), errno=_REFUSALS[error.code]) from error

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyfuse3
 import trio
 
 from . import errors, units
@@ -48,7 +47,7 @@ class Patience:
 
         Raises:
             TooSlow: the time is over.
-            FUSEError: EINTR, the process was killed.
+            Denied: EINTR, the process was killed.
         """
         wait = _Wait(pid, trio.current_time())
         wait.scope.deadline = wait.since + limit
@@ -59,7 +58,7 @@ class Patience:
         finally:
             self._waits.discard(wait)
         if wait.killed:
-            raise pyfuse3.FUSEError(errno.EINTR)
+            raise errors.Denied(f"process {pid} was killed", errno=errno.EINTR)
         if wait.scope.cancelled_caught:
             raise TooSlow(f"no answer from the pool within {units.format_duration(limit)}")
 
