@@ -91,6 +91,11 @@ class ChangeBitmap:
         return f"<ChangeBitmap {self.changed_blocks} of {self._blocks} blocks changed>"
 
     @property
+    def length(self) -> int:
+        """Bytes that the bitmap itself takes."""
+        return -(-self._blocks // 8)
+
+    @property
     def changed_bytes(self) -> int:
         """Bytes in changed blocks, the last block counted at its true length."""
         return self.changed_from(0)
@@ -122,6 +127,10 @@ class ChangeBitmap:
             # a run begins where a set bit does not follow a set bit
             runs += (chunk & ~follows).count()
         return runs
+
+    def is_clear(self, start: int, stop: int) -> bool:
+        """Tell whether no block is set that has one of the bytes ``start`` to ``stop``."""
+        return self._bits.find(1, start // CBT_BLOCK, -(-stop // CBT_BLOCK)) < 0
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[bool, int, int]]:
         """Yield ``(changed, start, stop)``, in bytes, for the runs of blocks in a range.

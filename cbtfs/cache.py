@@ -65,6 +65,10 @@ class Reader(Protocol):
         """Length in bytes."""
         ...
 
+    def is_hole(self, wanted: Extent) -> bool:
+        """Tell whether it is known that all of ``wanted`` is zero."""
+        ...
+
     def reading(self) -> AbstractAsyncContextManager["Reading"]:
         """Wait until it can be read, which may take long: nobody must hold a buffer meanwhile."""
         ...
@@ -139,6 +143,7 @@ class Cache:
         self._free: dict[int, list[memoryview]] = defaultdict(list)
         self._spare = 0  # bytes of buffers in _free
         self._lent = 0  # bytes of buffers that are being filled
+        self._zeros = memoryview(bytes(chunk))
         self._room = trio.Semaphore(FETCHES // 2)
         self._room_ahead = trio.Semaphore(FETCHES // 2)
 
@@ -172,6 +177,8 @@ class Cache:
         if wanted.start >= wanted.stop:
             return b""
         in_order = streams is not None and self._fetch_ahead(reader, wanted, streams)
+        if reader.is_hole(wanted):
+            return bytes(wanted.length)
         if self._is_crowded():
             in_order = False
             if not self._is_kept(reader, wanted):
@@ -181,6 +188,8 @@ class Cache:
             return _cut(await self._get(reader, key), key, wanted)
         whole = bytearray(wanted.length)
         for part in extents.split([wanted], size=self._chunk):
+            if reader.is_hole(part):
+                continue
             key = self._key(reader, part, in_order=in_order)
             at = part.start - wanted.start
             whole[at : at + part.length] = _cut(await self._get(reader, key), key, part)
@@ -189,15 +198,19 @@ class Cache:
     def look(
         self, reader: Reader, *, offset: int, length: int, streams: Streams | None = None
     ) -> memoryview | None:
-        """Return what ``read`` would, if one large chunk has all of it; else None."""
+        """Return what ``read`` would, if it is in one large chunk or in a hole; else None."""
         index = offset // self._chunk
         key = (reader.key, self._chunk, index)
-        stop = min(offset + length, reader.size)
-        if key not in self._chunks or not offset < stop <= (index + 1) * self._chunk:
+        wanted = Extent(offset, min(offset + length, reader.size))
+        if not offset < wanted.stop <= (index + 1) * self._chunk:
             return None
-        wanted = Extent(offset, stop)
+        is_hole = key not in self._chunks and reader.is_hole(wanted)
+        if key not in self._chunks and not is_hole:
+            return None
         if streams is not None:
             self._fetch_ahead(reader, wanted, streams)
+        if is_hole:
+            return self._zeros[: wanted.length]
         return _cut(self._use(key), key, wanted)
 
     def _use(self, key: _Key) -> memoryview:
@@ -281,6 +294,9 @@ class Cache:
     def _start(self, reader: Reader, key: _Key, streams: Streams) -> bool:
         """Start to fetch a chunk ahead unless it is there; return False if there is no room."""
         if key in self._chunks or key in self._fetches:
+            return True
+        _, size, index = key
+        if reader.is_hole(Extent(index * size, min((index + 1) * size, reader.size))):
             return True
         use, files = self._files[streams], len(self._files)
         room = min(self._limit // 2, self._limit - files * self._chunk) // self._chunk

@@ -37,7 +37,10 @@ from typing import Protocol, cast
 import trio
 
 from . import errors, process
+from .bitmap import ChangeBitmap
 from .connections import CLOSE_LIMIT, LIMIT, Connections, Exporter, Use
+from .extents import Extent
+from .holes import REST, WORTH, Holes, Teller
 from .inventory import VDI, Inventory, Owned, read_owner
 
 log = logging.getLogger(__name__)
@@ -58,7 +61,7 @@ ROLE = "live"
 """Role of temporary snapshots in their owner tag."""
 
 
-class Pool(Exporter, Protocol):
+class Pool(Exporter, Teller, Protocol):
     """What is needed of a pool."""
 
     async def snapshot_vdi(self, vdi_ref: str, *, name: str, owner: Owned) -> str:
@@ -87,9 +90,16 @@ class DiskOptions:
 
 @dataclass(slots=True, eq=False)
 class _Instant:
-    """One attempt of a source to have something to read: ``ref``, or ``error``, once ``ready``."""
+    """One attempt of a source to have something to read: ``ref``, or ``error``, once ``ready``.
+
+    ``read`` is how many bytes have come from the pool, ``long`` is set once they are many, and
+    ``allocated`` is what else there is to be read, as far as that is known.
+    """
 
     ref: str = ""
+    read: int = 0
+    long: trio.Event = field(default_factory=trio.Event)
+    allocated: ChangeBitmap | None = None
     error: Exception | None = None
     ready: trio.Event = field(default_factory=trio.Event)
     gone: trio.Event = field(default_factory=trio.Event)
@@ -127,6 +137,19 @@ class Source:
     def may_be_joined(self) -> bool:
         """Whether a file that is opened now shows what this one shows; see rules 2 and 3."""
         return self.files > 0 or (self.vdi.is_a_snapshot and not self.idle.cancel_called)
+
+    def is_hole(self, wanted: Extent) -> bool:
+        """Tell whether it is known that there is nothing there, so that it reads as zeros."""
+        if self.instant is None or self.instant.allocated is None:
+            return False
+        return self.instant.allocated.is_clear(*wanted)
+
+    def note_read(self, length: int) -> None:
+        """Note that so many bytes came from the pool."""
+        if self.instant is not None:
+            self.instant.read += length
+            if self.instant.read >= WORTH and self.size - self.instant.read >= REST:
+                self.instant.long.set()
 
     def reading(self) -> "Reading":
         """Return a read of it, to be entered: the first one prepares what it takes."""
@@ -172,6 +195,7 @@ class Reading:
             CbtfsError: the disk could not be read.
         """
         use = cast(Use, self._use)
+        self._source.note_read(len(buffer))
         for wait in range(TRIES - 1):
             try:
                 await use.read_into(buffer, offset)
@@ -202,6 +226,7 @@ class Disks:
     ) -> None:
         self._pool = pool
         self._connections = connections
+        self._holes = Holes(pool)
         self._nursery = nursery
         self._options = options
         self._newest: dict[str, Source] = {}
@@ -318,8 +343,7 @@ class Disks:
                 if source.files:
                     self._connections.want(instant.ref)
                 instant.ready.set()
-                with source.idle:
-                    await trio.sleep_forever()
+                await self._hold(source, instant)
                 await self._drop(source.vdi, instant.ref)
         except Exception as error:  # whatever it is, it belongs to those who read
             instant.error = error
@@ -330,6 +354,27 @@ class Disks:
                 del self._newest[source.vdi.ref]
             instant.ready.set()
             instant.gone.set()
+
+    async def _hold(self, source: Source, instant: _Instant) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._learn, source, instant)
+            with source.idle:
+                await trio.sleep_forever()
+            nursery.cancel_scope.cancel()
+
+    async def _learn(self, source: Source, instant: _Instant) -> None:
+        """Find out what there is to be read of ``source``, once it is read at length."""
+        instant.allocated = self._holes.known(instant.ref)
+        await instant.long.wait()
+        try:
+            instant.allocated = await self._holes.learn(
+                instant.ref,
+                size=source.vdi.size,
+                name=f"VDI {source.vdi.uuid}",
+                reading=source.reading(),
+            )
+        except errors.CbtfsError as error:  # those who read are told by their own reads
+            log.info("the holes of VDI %s stay unknown: %s", source.vdi.uuid, error)
 
     async def _take(self, vdi: VDI) -> str:
         """Return the reference of an immutable VDI with the contents of ``vdi``."""

@@ -10,6 +10,8 @@ from types import MappingProxyType
 import trio
 
 from cbtfs import errors, inventory, units
+from cbtfs.bitmap import ChangeBitmap
+from cbtfs.extents import Extent
 from cbtfs.inventory import SR, VDI, Inventory, Owned
 
 SNAPSHOT_TIME = datetime(2026, 11, 22, 2, tzinfo=UTC)
@@ -79,6 +81,8 @@ class MemoryPool:
     refused: str = ""
     stuck: bool = False
     slow: bool = False
+    allocation: list[Extent] | None = None
+    told: int = 0
     server: trio.Event = field(default_factory=trio.Event)
     asked: trio.Event = field(default_factory=trio.Event)
 
@@ -115,6 +119,13 @@ class MemoryPool:
         self.contents[ref] = bytearray(self.contents[vdi_ref])
         self.snapshots[ref] = owner
         return ref
+
+    async def allocated(self, vdi_ref: str, *, size: int) -> ChangeBitmap:
+        await trio.lowlevel.checkpoint()
+        self.told += 1
+        if self.allocation is None:
+            raise errors.AllocationUnknown("the pool does not tell")
+        return ChangeBitmap.of_extents(self.allocation, size=size)
 
     async def destroy_vdi(self, vdi_ref: str) -> None:
         await trio.lowlevel.checkpoint()

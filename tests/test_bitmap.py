@@ -229,3 +229,15 @@ def test_a_sample_is_found_quickly_among_very_few_unchanged_blocks() -> None:
     changed = ChangeBitmap(bytes(1) + b"\xff" * ((1 << 20) - 1), size=CBT_BLOCK << 23)
 
     assert list(changed.sampled(4, Random(1)).extents())
+
+
+@given(disks(), st.data())
+def test_a_range_is_clear_if_no_block_of_it_is_set(
+    disk: tuple[bytes, int], data: st.DataObject
+) -> None:
+    bits, size = disk
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+
+    marked = model(bits, size=size)[start // CBT_BLOCK : -(-stop // CBT_BLOCK)]
+    assert changes(bits, size=size).is_clear(start, stop) == (not any(marked))

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from cbtfs import cache, errors, readahead
 from cbtfs.cache import Cache, open_cache
+from cbtfs.extents import Extent
 from cbtfs.readahead import Streams
 
 CHUNK = 16
@@ -26,6 +27,10 @@ class SlowReader:
     asked: list[tuple[int, int]] = field(default_factory=list)
     gate: trio.Event = field(default_factory=trio.Event)
     error: Exception | None = None
+    holes: tuple[Extent, ...] = ()
+
+    def is_hole(self, wanted: Extent) -> bool:
+        return any(hole.start <= wanted.start <= wanted.stop <= hole.stop for hole in self.holes)
 
     @property
     def size(self) -> int:
@@ -94,6 +99,26 @@ async def test_the_second_read_of_a_chunk_asks_nobody(
 
     assert bytes(await chunks.read(reader, offset=4, length=8)) == reader.data[4:12]
     assert reader.asked == [(0, 16)]
+
+
+async def test_holes_are_not_fetched(nursery: trio.Nursery) -> None:
+    data = bytes(range(32)) + bytes(48) + bytes(range(20))
+    reader = SlowReader(data=data, holes=(Extent(32, 80),))
+    reader.gate.set()
+    chunks, streams = small(nursery, chunks=16), Streams(100, most=64)
+
+    found = [
+        bytes(await chunks.read(reader, offset=at, length=8, streams=streams))
+        for at in range(0, 100, 8)
+    ]
+    across = bytes(await chunks.read(reader, offset=10, length=80))
+    looked = chunks.look(reader, offset=50, length=10)
+
+    assert b"".join(found) == data
+    assert across == data[10:90]
+    assert looked is not None
+    assert bytes(looked) == bytes(10)
+    assert sorted(reader.asked) == [(0, 16), (16, 16), (80, 16), (96, 4)]
 
 
 async def test_readers_of_one_key_share_chunks_and_others_do_not(
