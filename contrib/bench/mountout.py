@@ -20,7 +20,8 @@ from pathlib import Path
 
 import trio
 
-from cbtfs import mount, nbd
+from cbtfs import errors, mount, nbd
+from cbtfs.bitmap import ChangeBitmap
 from cbtfs.follow import View
 from cbtfs.inventory import Inventory, Owned
 from cbtfs.records import VDI, Pool
@@ -35,6 +36,10 @@ class Exports:
     def open_export(self, vdi_ref: str) -> AbstractAsyncContextManager[nbd.Export]:
         """Connect to an export."""
         return nbd.open_export(replace(self._address, export_name=vdi_ref))
+
+    async def allocated(self, vdi_ref: str, *, size: int) -> ChangeBitmap:
+        """Raise AllocationUnknown: an NBD server has no tables to show."""
+        raise errors.AllocationUnknown(f"nobody knows of {vdi_ref}, {size} bytes")
 
     async def snapshot_vdi(self, vdi_ref: str, *, name: str, owner: Owned) -> str:
         """Never happens: there are snapshots only."""
