@@ -27,7 +27,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -106,6 +106,13 @@ class _Chunk:
     data: memoryview
     buffer: memoryview
     fetch: _Fetch
+
+
+class Grain(NamedTuple):
+    """What is kept of a disk from ``offset`` on; the view is true until the next checkpoint."""
+
+    offset: int
+    data: memoryview
 
 
 @dataclass(slots=True)
@@ -212,6 +219,12 @@ class Cache:
         if is_hole:
             return self._zeros[: wanted.length]
         return _cut(self._use(key), key, wanted)
+
+    def grain(self, reader: Reader, offset: int) -> "Grain | None":
+        """Return the grain that has the byte at ``offset``, if it is kept."""
+        index = offset // self._grain
+        kept = self._chunks.get((reader.key, self._grain, index))
+        return None if kept is None else Grain(index * self._grain, kept.data)
 
     def _use(self, key: _Key) -> memoryview:
         """Return what a chunk that is there has."""

@@ -35,6 +35,7 @@ from .cache import Cache
 from .disks import Disks, Source, owned
 from .inventory import VDI, Inventory
 from .maker import Maker, refusals, valid_name
+from .pages import Pages
 from .patience import Patience, TooSlow
 from .readahead import Streams
 from .tree import Changes, Node, Tree, is_made
@@ -144,6 +145,7 @@ class Filesystem(pyfuse3.Operations):
         super().__init__()
         self.failures = Failures()
         self.patience = Patience()
+        self.pages = Pages(pyfuse3.notify_store)
         self._tree = tree
         self._inventory = inventory
         self._disks = disks
@@ -314,6 +316,9 @@ class Filesystem(pyfuse3.Operations):
             self._stuck.add(source.key)
             raise
         self._stuck.discard(source.key)
+        grain = self._cache.grain(source, off) if source.vdi.is_a_snapshot else None
+        if grain is not None and len(data) < len(grain.data):
+            self.pages.give(file.node.inode, grain.offset, grain.data)
         return data
 
     @_answered

@@ -210,6 +210,7 @@ async def _answer(
                 answering.start_soon(_run_loop, loop, stop)
                 nursery.start_soon(_await_signal, stop)
                 nursery.start_soon(filesystem.patience.watch)
+                nursery.start_soon(filesystem.pages.run)
                 await _try_out(path, tuned=tuned)
                 nursery.start_soon(following)
                 ready()
