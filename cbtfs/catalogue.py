@@ -95,6 +95,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
         tool: version of cbtfs that made it.
         time: name of the point, ``20261122T020000Z``.
         vm_uuid: name of the VM's directory: its uuid, or ``vdi-`` and a disk's uuid.
+        job: of the configuration, that made it; "" for none.
         snapshot_vm_uuid: the snapshot VM, which no longer exists; "" for a disk without VM.
         started: ISO time with colons, for people and ``jq``.
         state: ``complete``, or ``partial`` if some disks failed.
@@ -104,6 +105,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     vm_uuid: str
     vm_name: str = ""
     pool_uuid: str = ""
+    job: str = ""
     snapshot_vm_uuid: str = ""
     disks: tuple[DiskPoint, ...] = ()
     started: str = ""

@@ -36,7 +36,7 @@ SYSTEM_FILE = Path("/etc/cbtfs/cbtfs.toml")
 ENVIRONMENT_POOL = "env"
 """Name of the pool that ``CBTFS_URL`` describes."""
 
-NOT_YET = ("keep", "hooks")
+NOT_YET = ("hooks",)
 """Keys of a job that are checked but have no effect in this version; using one is a warning."""
 
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -134,6 +134,10 @@ def _check_meaning(config: Config) -> None:
             tables.checked(units.parse_rate, job.limit_rate, where=f"{where}.limit_rate")
         if job.verify_sample:
             tables.checked(tables.parse_share, job.verify_sample, where=f"{where}.verify_sample")
+        if job.keep is not None and not job.keep.rules():
+            raise errors.ConfigError(
+                f"{where}.keep: it keeps nothing; write for example keep = {{ last = 3, daily = 7 }}"
+            )
 
 
 def _check_pool(pool: PoolTable, *, where: str) -> None:

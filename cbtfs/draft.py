@@ -56,6 +56,7 @@ class Run:
         copying: how its disks are copied.
         disks: a place in it for each disk being copied, of this target or another.
         space: what it and others need in the store.
+        job: name of the job of the configuration, "" for none.
     """
 
     pool: Pool
@@ -66,6 +67,7 @@ class Run:
     copying: CopyOptions
     disks: trio.CapacityLimiter
     space: Space
+    job: str = ""
 
     @property
     def key(self) -> str:
@@ -290,6 +292,7 @@ class Draft:
             vm_uuid=self._run.key,
             vm_name=plan.vm_name,
             pool_uuid=snapshot.inventory.pool.uuid,
+            job=self._run.job,
             snapshot_vm_uuid=snapshot.vm.uuid if snapshot.vm else "",
             disks=tuple(done[d.device] for d in plan.disks if d.device in done),
             started=started.isoformat(timespec="seconds"),

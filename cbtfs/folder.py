@@ -199,6 +199,11 @@ class Folder:
         found = self._stat(name)
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else -1
 
+    def identity(self, name: str) -> tuple[int, int] | None:
+        """Return device and inode of what is called ``name``, None if nothing is."""
+        found = self._stat(name)
+        return (found.st_dev, found.st_ino) if found is not None else None
+
     def _stat(self, name: str) -> os.stat_result | None:
         with told("look at", self.path / name), suppress(FileNotFoundError):
             return os.stat(name, dir_fd=self.fd, follow_symlinks=False)

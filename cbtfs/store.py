@@ -8,16 +8,19 @@
     └── VM-UUID/                         of a disk without VM: vdi-UUID/
         ├── 20261122T020000Z/            a restore point (see stage.py how it appears)
         │   ├── point.json  vm.xml  xvda.raw  xvda.b3
-        │   └── damaged.json             only if verify found damage
+        │   ├── damaged.json             only if verify found damage
+        │   └── pinned.json              only if somebody wants to keep it
         ├── latest -> 20261122T020000Z
         ├── .lock                        held by whoever works on this VM
-        └── .partial-20261122T020000Z/   work in progress, or what is left of it, with its journal
+        ├── .partial-20261122T020000Z/   work in progress, or what is left of it, with its journal
+        └── .removed-20261121T020000Z/   a point on its way out
 
 Rules of this file:
 
 1. A store is hostile input: what is not as it should be is left alone, told in ``problems``, and
    never followed out of the store.
-2. Points are written under their VM's lock; links and records of damage under the store's.
+2. Points are written and removed under their VM's lock; links, pins and records of damage are
+   written under the store's, and a point goes out of sight under both.
 3. A store on a read-only file system can be listed and verified.
 """
 
@@ -32,11 +35,25 @@ from pathlib import Path
 
 import msgspec
 
-from . import __version__, catalogue, damage, errors, image, imagefiles, lock, stage as stages, tree
+from . import (
+    __version__,
+    catalogue,
+    damage,
+    errors,
+    image,
+    imagefiles,
+    lock,
+    openfiles,
+    pin as pins,
+    removal,
+    stage as stages,
+    tree,
+)
 from .catalogue import Catalogue, DiskPoint, Point, Reference, VMHistory
 from .damage import Damage
 from .folder import FOLDER_MODE, Folder, told
 from .imagefiles import ImageFiles
+from .retention import Facts
 from .stage import Intent, Leftover, Stage, file_names
 
 __all__ = [
@@ -225,6 +242,27 @@ class Store:
                 return found
             return frozenset(d.device for d in _read_point(vm, time, vm_uuid=vm_uuid).disks)
 
+    def facts(self, history: VMHistory) -> dict[str, Facts]:
+        """Return what is known of each point of a VM beside its record, by time."""
+        times = {point.time for point in history.points}
+        in_use = openfiles.identities(lambda path: path.parent.name in times)
+        facts: dict[str, Facts] = {}
+        with self._vm(history.uuid) as vm:
+            for point in history.points:
+                with vm.folder(point.time) as folder:
+                    files = (folder.identity(disk.file) for disk in point.disks)
+                    facts[point.time] = Facts(
+                        pinned=pins.is_pinned(folder),
+                        open=any(file in in_use for file in files),
+                        damaged=self.damaged(history.uuid, point.time),
+                    )
+        return facts
+
+    def is_pinned(self, vm_uuid: str, time: str) -> bool:
+        """Tell whether somebody wants to keep a point whatever the retention says."""
+        with self._vm(vm_uuid) as vm, vm.folder(time) as point:
+            return pins.is_pinned(point)
+
     def point_path(self, vm_uuid: str, time: str) -> Path:
         """Return the directory of a point."""
         return self.path / vm_uuid / time
@@ -338,6 +376,43 @@ class Store:
         """
         with self._vm(leftover.vm_uuid) as vm:
             vm.remove_all(stages.partial_name(leftover.time))
+
+    def pin(self, vm_uuid: str, time: str, *, wanted: bool) -> bool:
+        """Pin a point, or take its pin away; return False if nothing had to be done.
+
+        Raises:
+            StoreError: there is no such point any more, or nothing can be written.
+        """
+        with (
+            self._vm(vm_uuid) as vm,
+            lock.held(self._folder, wait=True),
+            vm.folder(time) as point,
+        ):
+            return pins.pin(point, now=_now()) if wanted else pins.unpin(point)
+
+    def remove(self, vm_uuid: str, time: str) -> bool:
+        """Remove a point; return False if it has been pinned meanwhile, and stays.
+
+        The caller holds the VM's lock.
+
+        Raises:
+            StoreError: it cannot be removed; it is as it was, or what is left of it is not listed.
+        """
+        with self._vm(vm_uuid) as vm:
+            with lock.held(self._folder, wait=True):
+                if self.is_pinned(vm_uuid, time):
+                    return False
+                name = removal.hide(vm, time)
+            vm.remove_all(name)
+        return True
+
+    def sweep(self, vm_uuid: str) -> int:
+        """Finish what killed runs have begun to remove; return how many points that was.
+
+        The caller holds the VM's lock.
+        """
+        with self._vm(vm_uuid) as vm:
+            return removal.sweep(vm)
 
     def verify(
         self, reference: Reference, *, advanced: Callable[[int], None] | None = None

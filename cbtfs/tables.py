@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from . import errors
-
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+from .retention import Keep
 
 
 class PoolTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,17 +48,6 @@ class StoreTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     path: str
 
 
-class KeepTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``keep = { … }`` of a job: how many restore points to keep, by age."""
-
-    last: _Count = 0
-    hourly: _Count = 0
-    daily: _Count = 0
-    weekly: _Count = 0
-    monthly: _Count = 0
-    yearly: _Count = 0
-
-
 class HooksTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``hooks = { … }`` of a job: programs to run before and after it."""
 
@@ -76,7 +64,7 @@ class JobTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         store: name of a store; "" if the file has only one.
         vms: names or globs, uuids, ``tag:…``, ``sr:…``.
         exclude_disks: globs of disk names or ``VM/DEVICE`` that are left out.
-        keep: retention (not carried out yet, see ``config.NOT_YET``).
+        keep: which restore points stay, after each sync of the job and by ``prune``.
         limit_rate: bytes per second to read from the pool, over all disks of the job, such as
             ``200M``; "" for no limit.
         verify_sample: share of the blocks that the pool calls unchanged to read and compare, such
@@ -89,7 +77,7 @@ class JobTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     store: str = ""
     vms: tuple[str, ...] = ()
     exclude_disks: tuple[str, ...] = ()
-    keep: KeepTable | None = None
+    keep: Keep | None = None
     limit_rate: str = ""
     verify_sample: str = ""
     hooks: HooksTable | None = None
@@ -115,7 +103,7 @@ def decode(values: Mapping[str, object], table: type[_T], *, where: str, prefix:
     """
     names = tuple(f.name for f in msgspec.structs.fields(table))
     check_keys(values, names, where=where, prefix=prefix)
-    for key, inner in (("keep", KeepTable), ("hooks", HooksTable)):
+    for key, inner in (("keep", Keep), ("hooks", HooksTable)):
         nested = values.get(key)
         if isinstance(nested, dict):
             known = tuple(f.name for f in msgspec.structs.fields(inner))

@@ -9,6 +9,7 @@ from .inventory import VDI, VM, Inventory
 from .plan import VMPlan
 from .process import Process
 from .resume import Resumption
+from .retention import Keep
 from .sample import Sample
 from .store import Leftover, Store
 
@@ -32,6 +33,8 @@ class SyncOptions:
         sample: how many of the blocks that the pool calls unchanged are read and compared.
         limit_rate: bytes per second read from the pool, over all disks; 0 for no limit.
         lock_wait: seconds to wait for another run of the same VM to end.
+        job: name of the job, which the point remembers.
+        keep: what is kept of the VM's points, after a new one was made; None for all.
     """
 
     full: bool = False
@@ -40,6 +43,8 @@ class SyncOptions:
     sample: Sample = field(default_factory=Sample)
     limit_rate: int = 0
     lock_wait: float = 0.0
+    job: str = ""
+    keep: Keep | None = None
 
 
 def plan_one(

@@ -7,15 +7,17 @@ In the order that makes a kill at any instant harmless::
     clear what dead runs left    pool: their snapshots; store: their partial points
     switch change tracking on
     draft                        snapshot, copy, commit, retire: see there
+    prune                        what the job's rules do not keep goes
 """
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import trio
 
-from . import errors, snapshot as snapshots, target as targets
+from . import errors, prune as prunes, snapshot as snapshots, target as targets
 from .catalogue import Point
 from .copier import Buffers
 from .diskcopy import CopyOptions
@@ -60,7 +62,8 @@ class Outcome:
     Without ``error`` nothing had to be: the VM has no disk that can be synced.
 
     ``plan`` is None if the run failed before it could plan; ``problems`` are sentences about what
-    was left behind in the pool. ``label`` tells it from another VM of the same name.
+    was left behind. ``removed`` are the times of points that the rules of the job did not keep.
+    ``label`` tells it from another VM of the same name.
     """
 
     vm_uuid: str
@@ -69,6 +72,7 @@ class Outcome:
     point: Point | None = None
     error: errors.CbtfsError | None = None
     problems: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
     label: str = ""
 
 
@@ -98,6 +102,7 @@ class VMRun:
             ),
             disks=shared.disks,
             space=shared.space,
+            job=options.job,
         )
         self._options = options
         self._problems: list[str] = []
@@ -175,7 +180,21 @@ class VMRun:
                 point = await draft.make(plan, inventory)
         finally:
             self._problems += draft.problems
-        return replace(outcome, point=point, problems=tuple(self._problems))
+        removed = await self._prune()
+        return replace(outcome, point=point, removed=removed, problems=tuple(self._problems))
+
+    async def _prune(self) -> tuple[str, ...]:
+        """Remove what the rules of the job do not keep; return the times of the points gone."""
+        keep = self._options.keep
+        if keep is None:
+            return ()
+        prune = partial(prunes.prune, self._run.store, self._run.key, keep, locked=True)
+        try:
+            verdicts = await trio.to_thread.run_sync(prune)
+        except errors.StoreError as exc:
+            self._problems.append(f"older restore points stay for now: {exc}")
+            return ()
+        return tuple(verdict.point.time for verdict in verdicts if not verdict.kept)
 
     async def _track(self, disk: DiskPlan) -> None:
         """Switch change tracking on; where the pool refuses, a copy of it all is still worth it."""

@@ -23,8 +23,11 @@ from cbtfs.sync import Target
 
 from .program import Program, Result, untouched_process
 
-LATER = ("diff", "restore", "prune", "pin", "open", "close", "clean", "check", "metrics", "report")
-NOW = ("ls", "info", "mount", "umount", "sync", "list", "verify", "doctor", "config", "sim", "demo")
+LATER = ("diff", "restore", "open", "close", "clean", "check", "metrics", "report")
+NOW = (
+    *("ls", "info", "mount", "umount", "sync", "list", "verify", "prune", "pin", "unpin"),
+    *("doctor", "config", "sim", "demo"),
+)
 
 
 @pytest.fixture
@@ -186,13 +189,13 @@ def test_config_show_and_path_speak_json(cbtfs: Program, tmp_path: Path) -> None
 def test_config_check_counts_and_warns(cbtfs: Program, tmp_path: Path) -> None:
     path = write_config(tmp_path)
     with Path(path).open("a") as file:
-        file.write("keep = { last = 3 }\n")
+        file.write('hooks = { after = ["true"] }\n')
 
     result = cbtfs("--config", path, "config", "check")
 
     assert result.status == 0
     assert "warning: " in result.out
-    assert "job.j: keep have no effect" in result.out
+    assert "job.j: hooks have no effect" in result.out
     assert result.out.endswith("ok, 1 pools, 1 stores, 1 jobs\n")
 
 

@@ -209,14 +209,17 @@ JOB = JobTable(limit_rate="200M", verify_sample="1%", exclude_disks=("*scratch*"
 
 
 def test_a_job_says_how_to_sync() -> None:
-    assert Wish().options(JOB) == SyncOptions(
-        exclude_disks=("*scratch*",), sample=Sample(0.01, at_most=None), limit_rate=200 << 20
+    assert Wish().options("nightly", JOB) == SyncOptions(
+        exclude_disks=("*scratch*",),
+        sample=Sample(0.01, at_most=None),
+        limit_rate=200 << 20,
+        job="nightly",
     )
 
 
 @pytest.mark.parametrize("rate", [0, 50 << 20])
 def test_a_rate_that_is_given_goes_before_the_jobs(rate: int) -> None:
-    assert Wish(limit_rate=rate).options(JOB).limit_rate == rate
+    assert Wish(limit_rate=rate).options("nightly", JOB).limit_rate == rate
 
 
 def test_without_a_job_the_defaults_count() -> None:

@@ -114,7 +114,12 @@ def test_keys_without_effect_are_warned_of(tmp_path: Path) -> None:
 
     [warning] = config.warnings(load(tmp_path, EXAMPLE))
 
-    assert "job.nightly: keep, hooks have no effect" in warning
+    assert "job.nightly: hooks have no effect" in warning
+
+
+def test_retention_that_keeps_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigError, match=r"job\.j\.keep: it keeps nothing"):
+        load(tmp_path, '[job.j]\nvms = ["a"]\nkeep = { last = 0 }\n')
 
 
 def test_a_job_limits_its_rate(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from . import (
     output,
     points,
     pools,
+    pruning,
     simulating,
     syncing,
 )
@@ -39,7 +40,10 @@ INTERRUPTED = 128 + signal.SIGINT
 
 MOUNT_HELPER = "mount.fuse.cbtfs"
 
-for module in (pools, mounting, syncing, points, doctoring, configuring, simulating, demo):
+for module in (
+    *(pools, mounting, syncing, points, pruning),
+    *(doctoring, configuring, simulating, demo),
+):
     module.register(app)
 
 

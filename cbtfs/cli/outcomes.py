@@ -88,6 +88,8 @@ def show(options: Globals, results: Sequence[Result]) -> None:
         for disk in point.disks if point else ():
             text = progress.summary(f"{label(result.outcome)}/{disk.device}", disk)
             output.line(output.safe(text))
+        for time in result.outcome.removed:
+            options.tell(f"{label(result.outcome)}/{time} removed: no rule keeps it")
 
 
 def _show_problems(result: Result) -> None:
@@ -134,6 +136,7 @@ def document(result: Result) -> dict[str, object]:
         "state": point.state if point else "failed" if outcome.error else "skipped",
         "disks": [_disk_document(disk) for disk in (point.disks if point else ())],
         "failures": failures,
+        "removed": list(outcome.removed),
         "skipped": [
             {"device": device, "why": why}
             for device, why in (outcome.plan.skipped if outcome.plan else ())

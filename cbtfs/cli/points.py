@@ -50,10 +50,10 @@ def _print(store: Store, catalogue: Catalogue, histories: Sequence[VMHistory]) -
         ["POINT", ">DISKS", ">SIZE", ">READ", ">WRITTEN", "METHOD", "STATE"], flexible=(0,)
     )
     for history in histories:
-        label = _label(catalogue, history)
-        rows = [_row(store, label, point) for point in history.points]
+        name = label(catalogue, history)
+        rows = [_row(store, name, point) for point in history.points]
         rows += [
-            (f"{label}/{point.time}", *("-",) * 5, "damaged, see the warning")
+            (f"{name}/{point.time}", *("-",) * 5, "damaged, see the warning")
             for point in store.unlisted
             if point.vm_uuid == history.uuid
         ]
@@ -62,9 +62,9 @@ def _print(store: Store, catalogue: Catalogue, histories: Sequence[VMHistory]) -
     table.print()
 
 
-def _row(store: Store, label: str, point: Point) -> tuple[str, ...]:
+def _row(store: Store, name: str, point: Point) -> tuple[str, ...]:
     return (
-        f"{label}/{point.time}",
+        f"{name}/{point.time}",
         str(len(point.disks)),
         units.format_size(sum(disk.size for disk in point.disks)),
         units.format_size(sum(disk.bytes_read for disk in point.disks)),
@@ -76,14 +76,15 @@ def _row(store: Store, label: str, point: Point) -> tuple[str, ...]:
 
 def _state(store: Store, point: Point) -> str:
     """Return whether all disks are there, and undamaged as far as ``verify`` has looked."""
-    state = point.state
+    state = "pinned, " if store.is_pinned(point.vm_uuid, point.time) else ""
+    state += point.state
     if point.failures:
         state += f" (without {', '.join(failure.device for failure in point.failures)})"
     damaged = store.damaged(point.vm_uuid, point.time)
     return f"{state}, damaged: {', '.join(sorted(damaged))}" if damaged else state
 
 
-def _label(catalogue: Catalogue, history: VMHistory) -> str:
+def label(catalogue: Catalogue, history: VMHistory) -> str:
     """Return what to write for the VM in a POINT: its name if only it has that name."""
     twins = [h for h in catalogue.vms.values() if h.name == history.name]
     return history.name if len(twins) == 1 else history.uuid
@@ -104,7 +105,10 @@ def _document(store: Store, histories: Sequence[VMHistory]) -> list[dict[str, ob
             "uuid": history.uuid,
             "points": [
                 msgspec.to_builtins(point)
-                | {"damaged": sorted(store.damaged(point.vm_uuid, point.time))}
+                | {
+                    "damaged": sorted(store.damaged(point.vm_uuid, point.time)),
+                    "pinned": store.is_pinned(point.vm_uuid, point.time),
+                }
                 for point in history.points
             ],
             "unlisted": [
@@ -136,7 +140,7 @@ def verify(
         references, unlisted = _chosen(store, catalogue, points or [])
         for reference in references:
             result = store.verify(reference)
-            name = f"{_label(catalogue, reference.history)}/{result.point.time}"
+            name = f"{label(catalogue, reference.history)}/{result.point.time}"
             damaged = damaged or result.damaged
             for warning in result.warnings:
                 contexts.warn(f"{name}: {warning}")
@@ -190,7 +194,7 @@ def _unlisted_called(store: Store, catalogue: Catalogue, text: str) -> list[Unli
 
 def _label_of(catalogue: Catalogue, vm_uuid: str) -> str:
     history = catalogue.vms.get(vm_uuid)
-    return _label(catalogue, history) if history else vm_uuid
+    return label(catalogue, history) if history else vm_uuid
 
 
 def _unlisted_document(name: str, point: Unlisted) -> dict[str, object]:

@@ -37,8 +37,8 @@ class Wish:
     limit_rate: int | None = None
     lock_wait: float = 0.0
 
-    def options(self, job: JobTable | None = None) -> SyncOptions:
-        """Return how to sync ``job``, or without one what the command line selects."""
+    def options(self, name: str = "", job: JobTable | None = None) -> SyncOptions:
+        """Return how to sync the job ``name``, or without one what the command line selects."""
         job = job or JobTable()
         return SyncOptions(
             full=self.full,
@@ -46,6 +46,8 @@ class Wish:
             sample=config.sample_of(job),
             limit_rate=config.rate_of(job) if self.limit_rate is None else self.limit_rate,
             lock_wait=self.lock_wait,
+            job=name,
+            keep=job.keep,
         )
 
 
@@ -165,7 +167,7 @@ def _runs(
                 chosen,
                 name=f"job {name}",
                 vms=job.vms or ("*",),
-                how=wish.options(job),
+                how=wish.options(name, job),
             )
         )
     for warning in config.warnings(configuration):
