@@ -222,11 +222,12 @@ class _Follower:
             f"the restore points in {path} cannot be read, and stay as they are",
             over=f"the restore points in {path} can be read again",
         )
-        known: object = None
+        known: frozenset[tuple[str, int]] | None = None
         while True:
             busy = 0.0
             try:
-                seen = await trio.to_thread.run_sync(_signature, path, abandon_on_cancel=True)
+                look = partial(_signature, path, may_lack=not known)
+                seen = await trio.to_thread.run_sync(look, abandon_on_cancel=True)
                 if seen != known:
                     # a store on a server that hangs must not hold up the end of the mount
                     found, busy = await _timed(read, abandoned=True)
@@ -325,8 +326,13 @@ async def _timed(work: Callable[[], T], *, abandoned: bool = False) -> tuple[T, 
     return await trio.to_thread.run_sync(measured, abandon_on_cancel=abandoned)
 
 
-def _signature(path: Path) -> frozenset[tuple[str, int]]:
-    """Return what changes when a restore point comes or goes: it is a name in its VM's folder."""
+def _signature(path: Path, *, may_lack: bool) -> frozenset[tuple[str, int]]:
+    """Return what changes when a restore point comes or goes: it is a name in its VM's folder.
+
+    A store that ``may_lack`` has not been made yet, perhaps.
+    """
+    if may_lack and not path.exists():
+        return frozenset()
     with os.scandir(path) as entries:
         folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
     found = {(folder.name, folder.stat(follow_symlinks=False).st_mtime_ns) for folder in folders}

@@ -65,6 +65,7 @@ __all__ = [
     "Unlisted",
     "VerifyResult",
     "file_names",
+    "is_store",
     "open_store",
 ]
 
@@ -134,6 +135,11 @@ def open_store(path: Path, *, create: bool = True) -> Generator["Store"]:
         if create and not folder.exists(_MARKER):
             _initialise(folder)
         yield Store(folder, _read_marker(folder).uuid)
+
+
+def is_store(path: Path) -> bool:
+    """Tell whether there is a store at ``path``, of whichever format."""
+    return (path / _MARKER).exists()
 
 
 def _initialise(folder: Folder) -> None:

@@ -296,11 +296,13 @@ def test_without_xapi_the_names_stay_and_the_log_tells_once(
 
 def test_a_new_restore_point_shows(user: User, pool: RunningPool) -> None:
     store = user.home / "store"
-    done = user.cbtfs("--store", store, "sync", "--vm", "web1")
-    assert done.returncode == 0, done.stderr
     user.top.mkdir()
     assert user.cbtfs("--store", store, "mount", user.top).returncode == 0
     try:
+        assert list((user.top / "backups").iterdir()) == []  # there is no store yet
+        done = user.cbtfs("--store", store, "sync", "--vm", "web1")
+        assert done.returncode == 0, done.stderr
+        assert soon((user.top / "backups/web1/latest").is_symlink)
         first = (user.top / "backups/web1/latest").readlink().name
         assert user.cbtfs("--store", store, "sync", "--vm", "web1").returncode == 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from cbtfs import config, errors, pool, store
+from cbtfs import config, errors, pool, store as stores
 from cbtfs.catalogue import Catalogue
 from cbtfs.config import Config
 from cbtfs.pool import Pool
@@ -97,7 +97,7 @@ def opened_store(options: Globals, *, create: bool = False) -> Generator[Store]:
             "no store is configured; use --store DIR, CBTFS_STORE or [store.NAME] in the"
             " configuration"
         )
-    with store.open_store(path, create=create) as opened:
+    with stores.open_store(path, create=create) as opened:
         yield opened
 
 
@@ -105,10 +105,10 @@ def opened_store(options: Globals, *, create: bool = False) -> Generator[Store]:
 def store_if_any(options: Globals) -> Generator[Store | None]:
     """Yield the chosen store, or None if none is chosen or nothing is in it yet."""
     path = options.store_path()
-    if path is None or not (path / "cbtfs.json").exists():  # what makes a directory a store
+    if path is None or not stores.is_store(path):
         yield None
         return
-    with store.open_store(path, create=False) as opened:
+    with stores.open_store(path, create=False) as opened:
         yield opened
 
 

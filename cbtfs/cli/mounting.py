@@ -11,7 +11,7 @@ import typer
 from cbtfs import errors, mount as mounts
 from cbtfs.catalogue import Catalogue
 from cbtfs.mount import Backups, MountOptions
-from cbtfs.store import open_store
+from cbtfs.store import is_store, open_store
 
 from . import context as contexts, running
 from .context import Globals
@@ -111,17 +111,22 @@ async def _serve(options: Globals, mountpoint: Path, chosen: MountOptions) -> No
 
 
 def _backups(options: Globals) -> Backups | None:
+    path = options.store_path()
+    if path is None:
+        return None
     with contexts.store_if_any(options) as store:
-        if store is None:
-            return None
         catalogue = contexts.catalogue_of(store)
-        path = store.path.absolute()
+        exists = store is not None
 
     def read() -> Catalogue:
+        nonlocal exists
+        exists = exists or is_store(path)
+        if not exists:  # the first sync makes it
+            return Catalogue({})
         with open_store(path, create=False) as store:
             return store.catalogue()
 
-    return Backups(catalogue, str(path), read)
+    return Backups(catalogue, str(path.absolute()), read)
 
 
 def umount(mountpoint: Mountpoint) -> None:
