@@ -14,8 +14,10 @@
 2. However many ask for a chunk at the same time, one of them fetches it and the others wait. Should
    the one who fetches be cancelled, one of the waiting takes over; should it fail, all fail. What
    is fetched ahead belongs to the cache: nobody's cancellation ends it.
-3. Chunks are forgotten in the order of their last use. Memory is at most ``limit`` for what is
-   kept, and ``FETCHES`` chunks for what is on its way, half of it ahead; readers beyond it wait.
+3. Chunks are forgotten in the order of their last use, but those that a file has read to their end
+   come first: who reads all of a disk does not drive out what others use, and goes round in memory
+   that the processor has at hand. Memory is at most ``limit`` for what is kept, and ``FETCHES``
+   chunks for what is on its way, half of it ahead; readers beyond it wait.
 4. Nothing is fetched to be forgotten before it is asked for. So what may be ahead, at most half of
    ``limit``, is shared by all files that are read; and where there are too many of them for each to
    have a chunk here, they get what they ask for, and nothing but grains is kept.
@@ -192,7 +194,10 @@ class Cache:
                 return await self._through(reader, wanted)
         if wanted.start // self._chunk == (wanted.stop - 1) // self._chunk:
             key = self._key(reader, wanted, in_order=in_order)
-            return _cut(await self._get(reader, key), key, wanted)
+            data = await self._get(reader, key)
+            if in_order:
+                self._pass(key, wanted)
+            return _cut(data, key, wanted)
         whole = bytearray(wanted.length)
         for part in extents.split([wanted], size=self._chunk):
             if reader.is_hole(part):
@@ -218,7 +223,10 @@ class Cache:
             self._fetch_ahead(reader, wanted, streams)
         if is_hole:
             return self._zeros[: wanted.length]
-        return _cut(self._use(key), key, wanted)
+        data = self._use(key)
+        if streams is not None:
+            self._pass(key, wanted)
+        return _cut(data, key, wanted)
 
     def grain(self, reader: Reader, offset: int) -> "Grain | None":
         """Return the grain that has the byte at ``offset``, if it is kept."""
@@ -231,6 +239,12 @@ class Cache:
         self._chunks.move_to_end(key)
         self._was_read(key)
         return self._chunks[key].data
+
+    def _pass(self, key: _Key, part: Extent) -> None:
+        """Note that a file has read ``part``; a chunk read to its end is the next to go."""
+        chunk = self._chunks.get(key)
+        if chunk is not None and part.stop == key[1] * key[2] + len(chunk.data):
+            self._chunks.move_to_end(key, last=False)
 
     def _key(self, reader: Reader, part: Extent, *, in_order: bool) -> _Key:
         """Return the chunk that has ``part``, a part of a large one, or else the grain to fetch."""

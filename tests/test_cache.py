@@ -101,6 +101,25 @@ async def test_the_second_read_of_a_chunk_asks_nobody(
     assert reader.asked == [(0, 16)]
 
 
+async def test_who_reads_all_of_a_disk_leaves_the_chunks_of_others(nursery: trio.Nursery) -> None:
+    disk, other = SlowReader(data=bytes(640)), SlowReader(key="other")
+    disk.gate.set()
+    other.gate.set()
+    chunks = small(nursery, chunks=8)
+    for at in (0, 16, 32):
+        await chunks.read(other, offset=at, length=4)
+    before = list(other.asked)
+
+    streams = Streams(640, most=32)
+    for at in range(0, 640, 16):
+        await chunks.read(disk, offset=at, length=16, streams=streams)
+    for at in (0, 16, 32):
+        await chunks.read(other, offset=at, length=4)
+
+    assert other.asked == before
+    assert len(disk.asked) == 40
+
+
 async def test_holes_are_not_fetched(nursery: trio.Nursery) -> None:
     data = bytes(range(32)) + bytes(48) + bytes(range(20))
     reader = SlowReader(data=data, holes=(Extent(32, 80),))
