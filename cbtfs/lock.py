@@ -26,8 +26,8 @@ class _Owner(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @contextmanager
-def held(folder: Folder, *, wait: bool) -> Generator[None]:
-    """Hold the lock of ``folder``.
+def held(folder: Folder, *, wait: bool) -> Generator[int]:
+    """Hold the lock of ``folder``; yield its descriptor: who inherits that holds the lock, too.
 
     Args:
         folder: what is locked.
@@ -42,7 +42,7 @@ def held(folder: Folder, *, wait: bool) -> Generator[None]:
         with told("lock", folder.path / NAME):
             _take(fd, folder, wait=wait)
         try:
-            yield
+            yield fd
         finally:
             # it tells people who works here; on a disk that fails or is full it may stay
             with suppress(OSError):

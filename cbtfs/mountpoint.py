@@ -79,7 +79,7 @@ def check(mountpoint: Path) -> Path:
     Raises:
         MountError: it cannot; the text says what to do about it.
     """
-    path = _located(mountpoint)
+    path = located(mountpoint)
     mounted = find(path)
     if mounted is not None and mounted.type == TYPE:
         is_dead = _ask(path).error in _DEAD
@@ -155,7 +155,7 @@ def umount(mountpoint: Path) -> None:
     Raises:
         MountError: it is no cbtfs, it is in use, or its process does not answer or does not end.
     """
-    path = _located(mountpoint)
+    path = located(mountpoint)
     mounted = find(path)
     if mounted is None or mounted.type != TYPE:
         what = f"{mounted.type} is mounted on it" if mounted else "nothing is mounted on it"
@@ -177,8 +177,8 @@ def umount(mountpoint: Path) -> None:
             os.close(process)
 
 
-def _located(mountpoint: Path) -> Path:
-    """Return the absolute path, if possible without a question to what is mounted there.
+def located(mountpoint: Path) -> Path:
+    """Return the absolute path of a place, if possible without asking what is mounted there.
 
     A process that hangs never answers, and whoever asked then waits for as long.
     """

@@ -23,9 +23,10 @@ from cbtfs.sync import Target
 
 from .program import Program, Result, untouched_process
 
-LATER = ("diff", "restore", "open", "close", "clean", "check", "metrics", "report")
+LATER = ("diff", "restore", "clean", "check", "metrics", "report")
 NOW = (
     *("ls", "info", "mount", "umount", "sync", "list", "verify", "prune", "pin", "unpin"),
+    *("open", "close"),
     *("doctor", "config", "sim", "demo"),
 )
 

@@ -135,9 +135,9 @@ async def test_a_mount_is_found_without_a_question_to_it(
         monkeypatch.chdir(tmp_path)
         # in the thread of the mount itself, where a question would never be answered
         for path in (top, Path("mnt"), tmp_path / "link/mnt"):
-            assert mountpoint._located(path) == top
+            assert mountpoint.located(path) == top
 
-    assert mountpoint._located(Path("link/..")) == tmp_path.parent
+    assert mountpoint.located(Path("link/..")) == tmp_path.parent
 
 
 @pytest.mark.fuse

@@ -17,6 +17,7 @@ from . import (
     doctoring,
     failures,
     mounting,
+    opening,
     output,
     points,
     pools,
@@ -41,7 +42,7 @@ INTERRUPTED = 128 + signal.SIGINT
 MOUNT_HELPER = "mount.fuse.cbtfs"
 
 for module in (
-    *(pools, mounting, syncing, points, pruning),
+    *(pools, mounting, syncing, points, opening, pruning),
     *(doctoring, configuring, simulating, demo),
 ):
     module.register(app)
