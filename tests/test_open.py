@@ -300,6 +300,29 @@ def test_open_twice_and_close_twice(store: MadeStore, linux: str, place: Path) -
     assert f"{place} is not open" in store.run("close", place, status=1).stderr
 
 
+def test_open_point_is_kept_by_prune_until_it_is_closed(
+    store: MadeStore, place: Path, tmp_path: Path
+) -> None:
+    disk = file_system(tmp_path / "disk", "ext4", size=12 * MiB)
+    point, _ = store.add({"xvda": disk}), store.add({"xvda": disk})
+
+    store.run("open", f"{point}/xvda", place)
+    before = reasons(store, point)
+    store.run("close", place)
+
+    assert "open" in " ".join(before)
+    assert "open" not in " ".join(reasons(store, point))
+
+
+def reasons(store: MadeStore, point: str) -> list[str]:
+    """Return why prune would keep a point."""
+    (vm,) = items(store.json("prune", "-n", "--keep-last", "1"), "vms")
+    (told,) = [p for p in items(vm, "points") if p["time"] == point.rpartition("/")[2]]
+    found = told["reasons"]
+    assert isinstance(found, list)
+    return list(map(str, found))
+
+
 def test_close_leaves_alone_what_others_mounted(store: MadeStore, linux: str, place: Path) -> None:
     place.mkdir()
     run("mount", "-t", "tmpfs", "none", place)
