@@ -22,6 +22,7 @@ from . import (
     points,
     pools,
     pruning,
+    restoring,
     simulating,
     syncing,
 )
@@ -42,7 +43,7 @@ INTERRUPTED = 128 + signal.SIGINT
 MOUNT_HELPER = "mount.fuse.cbtfs"
 
 for module in (
-    *(pools, mounting, syncing, points, opening, pruning),
+    *(pools, mounting, syncing, points, restoring, opening, pruning),
     *(doctoring, configuring, simulating, demo),
 ):
     module.register(app)
