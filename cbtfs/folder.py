@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +49,22 @@ _REMEDIES = {
     errno.ENOTEMPTY: "it exists already; it is left as it is",
 }
 
+_REMEDIES_OUTSIDE = {
+    errno.ENOSPC: "no space left on its file system; make room, then run the command again",
+    errno.EDQUOT: "the disk quota is used up; raise it, then run the command again",
+    errno.EFBIG: "its file system cannot hold so large a file; choose another one",
+    errno.EIO: "the disk below it failed; see dmesg",
+    errno.EACCES: "permission denied; run as a user who may write there",
+    errno.EPERM: "not permitted; run as a user who may write there",
+    errno.EROFS: "it is read-only; choose another place",
+    errno.EISDIR: "a directory stands there; choose another name",
+    errno.ENOTDIR: "a folder on the way to it is none; choose another place",
+    errno.ENAMETOOLONG: "its name is too long; choose another one",
+    errno.EBUSY: "it is in use; see lsblk and fuser for who has it",
+    errno.EEXIST: "it exists already; --force replaces it",
+    errno.ENOENT: "it does not exist",
+}
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -63,10 +79,35 @@ def told(action: str, path: Path) -> Generator[None]:
     try:
         yield
     except OSError as exc:
-        why = _REMEDIES.get(exc.errno or 0) or (exc.strerror or str(exc)).lower()
-        full = exc.errno in {errno.ENOSPC, errno.EDQUOT}
-        kind = errors.StoreFull if full else errors.StoreError
-        raise kind(f"cannot {action} {path}: {why}") from exc
+        raise _sentence(action, path, exc, _REMEDIES) from exc
+
+
+@contextmanager
+def told_outside(action: str, path: Path) -> Generator[None]:
+    """Do as ``told`` for what is no part of a store, with the remedies that help there.
+
+    Raises:
+        StoreFull: no space or quota left.
+        StoreError: anything else.
+    """
+    try:
+        yield
+    except errors.StoreError as exc:
+        if isinstance(exc.__cause__, OSError):  # of a Folder
+            why = exc.__cause__
+            raise _sentence(action, path, why, _REMEDIES_OUTSIDE) from why
+        raise
+    except OSError as exc:
+        raise _sentence(action, path, exc, _REMEDIES_OUTSIDE) from exc
+
+
+def _sentence(
+    action: str, path: Path, exc: OSError, remedies: Mapping[int, str]
+) -> errors.StoreError:
+    why = remedies.get(exc.errno or 0) or (exc.strerror or str(exc)).lower()
+    full = exc.errno in {errno.ENOSPC, errno.EDQUOT}
+    kind = errors.StoreFull if full else errors.StoreError
+    return kind(f"cannot {action} {path}: {why}")
 
 
 class Folder:

@@ -73,3 +73,14 @@ def _who_holds(folder: Folder, content: bytes) -> str:
         f"{folder.path} is locked by process {owner.pid} on {owner.host} since {owner.since};"
         " wait for it to end"
     )
+
+
+def take(fd: int) -> bool:
+    """Lock the open file ``fd`` until it is closed; return False if somebody else has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: then it has to go without
+        return True
+    return True

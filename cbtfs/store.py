@@ -449,6 +449,16 @@ class Store:
                     warnings.append(f"the result for {disk.device} is not on record: {exc}")
         return VerifyResult(point, tuple(results), tuple(warnings))
 
+    @contextmanager
+    def image_files(self, reference: Reference, disk: DiskPoint) -> Generator[ImageFiles]:
+        """Yield where the image of ``disk``, one of the point of ``reference``, is.
+
+        Raises:
+            StoreError: the point is gone, or cannot be opened.
+        """
+        with self._vm(reference.history.uuid) as vm, vm.folder(reference.point.time) as folder:
+            yield ImageFiles(folder, disk.file, disk.digests)
+
     def _record_damage(self, point: Folder, device: str, found: Damage) -> None:
         if found.found or damage.recorded(point):
             with lock.held(self._folder, wait=True):

@@ -23,10 +23,10 @@ from cbtfs.sync import Target
 
 from .program import Program, Result, untouched_process
 
-LATER = ("diff", "restore", "clean", "check", "metrics", "report")
+LATER = ("diff", "clean", "check", "metrics", "report")
 NOW = (
     *("ls", "info", "mount", "umount", "sync", "list", "verify", "prune", "pin", "unpin"),
-    *("open", "close"),
+    *("restore", "open", "close"),
     *("doctor", "config", "sim", "demo"),
 )
 

@@ -1,4 +1,4 @@
-"""``restore``: a restore point into a file, into new disks of a pool, or over those it came from."""
+"""``restore``: a restore point into files, into new disks of a pool, or over those it is of."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +24,9 @@ def restore(  # noqa: PLR0913  # one parameter per option
     *,
     to: Annotated[
         Path | None,
-        typer.Option("--to", metavar="FILE|DEVICE", help="Write one disk into a file or device."),
+        typer.Option(
+            "--to", metavar="FILE|DEVICE", help="Into a file or device; all disks into a directory."
+        ),
     ] = None,
     to_sr: Annotated[
         str | None,
