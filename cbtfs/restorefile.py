@@ -29,7 +29,7 @@ from .imagecopy import ImageCopy, Source
 from .imagefiles import ImageFiles
 from .partialfile import PartialFile
 
-How = Literal["reflink", "copy", "device"]
+How = Literal["reflink", "copy", "device", "compare"]
 
 
 class Told(Protocol):
@@ -55,12 +55,20 @@ class Wish:
     Attributes:
         forced: an existing file, the content of a device, and damage in the image do not matter.
         whole: all is read back, not only a sample.
+        among: one of several; a file that an earlier run finished is compared with the image, and
+            left as it is if it is the same.
         damaged: whether the disk is on record as damaged.
     """
 
     forced: bool = False
     whole: bool = False
+    among: bool = False
     damaged: bool = False
+
+    @property
+    def spared(self) -> bool:
+        """Whether an existing file is not refused before it was looked into."""
+        return self.forced or self.among
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +101,13 @@ class Restored:
     seconds: float
 
 
-def check_target(path: Path, *, store: Path, forced: bool) -> None:
+def check_target(path: Path, *, store: Path, wish: Wish) -> None:
     """Refuse a target that could not be right, before anything is read.
 
     Args:
         path: absolute, without symbolic links but perhaps to a device.
         store: the directory of the store.
-        forced: whether an existing file may be replaced.
+        wish: how to restore.
 
     Raises:
         UsageError: it is in the store, or a file that exists, or cannot hold a disk.
@@ -116,8 +124,12 @@ def check_target(path: Path, *, store: Path, forced: bool) -> None:
         raise errors.UsageError(f"{path} is in the store itself; choose another place")
     if path.exists() and not path.is_file():
         raise errors.UsageError(f"{path} is neither a file nor a block device; choose another name")
-    if path.exists() and not forced:
-        raise errors.UsageError(f"{path} exists already; --force replaces it")
+    if path.exists() and not wish.spared:
+        raise _exists(path)
+
+
+def _exists(path: Path) -> errors.UsageError:
+    return errors.UsageError(f"{path} exists already; --force replaces it")
 
 
 def _is_within(path: Path, store: Path) -> bool:
@@ -140,6 +152,8 @@ def plan(files: ImageFiles, disk: DiskPoint, target: Path, *, wish: Wish) -> Pla
             with BlockDevice.open(target, only_look=True) as device:
                 _check_device(device, source, wish)
             return Plan("device", stored)
+        if target.exists() and not wish.forced:
+            return Plan("compare", 0)
         partial = target.with_name(PartialFile.name_of(target, identity=disk.digest_root))
         resumes = partial.exists()
         if _shares_extents(files, target.parent):
@@ -180,6 +194,8 @@ def restore(
         job = _Job(source, wish, told)
         if blockdevice.is_block_device(target):
             job.to_device(target)
+        elif target.exists() and not wish.forced:
+            job.compare(target)
         else:
             job.to_file(target, identity=disk.digest_root)
     return job.restored(time.monotonic() - started)
@@ -278,6 +294,26 @@ class _Job:
                 self._keep(partial)
                 raise
             partial.commit(replace=self._wish.forced)
+
+    def compare(self, path: Path) -> None:
+        """Refuse a file that is not the same as the image; one that is has been restored already.
+
+        Raises:
+            UsageError: it is not.
+        """
+        with told_outside("open", path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            size = self._source.size
+            if os.fstat(fd).st_size != size:
+                raise _exists(path)
+            with self._copy(fd, path) as copy:
+                self._told.begun("verify", size)
+                if copy.check(copy.everything(), self._told.advanced):
+                    raise _exists(path)
+        finally:
+            os.close(fd)
+        self._verified = self._kept = size
 
     def _fill(self, partial: PartialFile) -> None:
         with self._copy(partial.fd, partial.path, blank=not partial.began) as copy:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 import trio
+import typer
 
 from cbtfs import errors, progress, restorefile, units
 from cbtfs.catalogue import DiskPoint, Reference
@@ -15,7 +16,7 @@ from cbtfs.progress import Progress
 from cbtfs.restorefile import Restored, Wish
 from cbtfs.store import Store, file_names
 
-from . import context as contexts, output, running
+from . import context as contexts, outcomes, output, running
 from .context import Globals
 
 _GOES_ON = "the same command goes on from where this one was"
@@ -86,11 +87,14 @@ def restore(  # noqa: PLR0913  # one parameter per option
         else:
             kind = _progress_kind(options, as_json=json_progress)
             documents = running.run(lambda: _restore(options, store, tasks, kind), then=_GOES_ON)
+        failed = sum("error" in document for document in documents)
     if options.json and target.is_dir():
         name = f"{reference.history.name}/{reference.point.time}"
         output.document({"point": name, "target": str(target), "disks": documents})
     elif options.json:
         output.document(documents[0])
+    if failed:
+        raise typer.Exit(outcomes.PARTIAL)
 
 
 def _refuse_older(store: Store, reference: Reference, text: str) -> None:
@@ -134,6 +138,7 @@ def _tasks(store: Store, reference: Reference, target: Path, wish: Wish) -> list
     if not disks:
         raise errors.NotFound(f"{reference.history.name}/{point.time} has no disks")
     if target.is_dir():
+        wish = replace(wish, among=True)
         targets = [target / file_names(disk.device)[0] for disk in disks]
     elif len(disks) == 1:
         targets = [target]
@@ -141,10 +146,10 @@ def _tasks(store: Store, reference: Reference, target: Path, wish: Wish) -> list
         raise errors.UsageError(
             f"{reference.history.name}/{point.time} has the disks"
             f" {', '.join(disk.device for disk in disks)}: name one, such as"
-            f" {reference.history.name}/{point.time}/{disks[0].device}, or a directory for all"
+            f" {reference.history.name}/{point.time}/{disks[0].device}, or a directory that exists, for all"
         )
     for one in targets:
-        restorefile.check_target(one, store=store.path, forced=wish.forced)
+        restorefile.check_target(one, store=store.path, wish=wish)
     return [
         _Task(
             reference,
@@ -162,6 +167,7 @@ _HOW = {
     "reflink": "shares the image's extents",
     "copy": "copied",
     "device": "copied, the rest of the disk made zero",
+    "compare": "exists; compared with the image",
 }
 
 
@@ -198,19 +204,39 @@ def _progress_kind(options: Globals, *, as_json: bool) -> progress.Kind:
 async def _restore(
     options: Globals, store: Store, tasks: Sequence[_Task], kind: progress.Kind
 ) -> list[dict[str, object]]:
+    """Restore disk after disk; one that fails does not keep the others.
+
+    Raises:
+        CbtfsError: none could be restored.
+    """
     documents: list[dict[str, object]] = []
+    failed: list[errors.CbtfsError] = []
     for task in tasks:
         told = _Told(task, progress.SilentProgress())
         try:
             with progress.open_progress(kind, sys.stderr) as told.view:
                 done = await _run(store, task, told)
+        except errors.CbtfsError as exc:
+            failed.append(exc)
+            documents.append(_failure(task, exc))
+        else:
+            if not options.json:
+                output.line(output.safe(_summary(task, done)))
+            documents.append(_document(task, done, told.warnings))
         finally:
             for text in told.warnings:
                 contexts.warn(text)
-        if not options.json:
-            output.line(output.safe(_summary(task, done)))
-        documents.append(_document(task, done, told.warnings))
+    if len(failed) == len(tasks):
+        first = failed.pop(0)
+        _tell(failed)
+        raise first
+    _tell(failed)
     return documents
+
+
+def _tell(failed: Sequence[errors.CbtfsError]) -> None:
+    for error in failed:
+        output.note(str(error))
 
 
 async def _run(store: Store, task: _Task, told: _Told) -> Restored:
@@ -261,6 +287,15 @@ def _summary(task: _Task, done: Restored) -> str:
         f"{task.key}  {written} of {size} in {units.format_duration(done.seconds)}"
         f"  ({how}{verified} read back)  -> {task.target}"
     )
+
+
+def _failure(task: _Task, exc: errors.CbtfsError) -> dict[str, object]:
+    return {
+        "point": task.point,
+        "device": task.disk.device,
+        "target": str(task.target),
+        "error": str(exc),
+    }
 
 
 def _document(task: _Task, done: Restored, warnings: Sequence[str]) -> dict[str, object]:
