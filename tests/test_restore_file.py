@@ -391,6 +391,9 @@ def test_a_damaged_image_is_refused_and_copied_if_forced(
     assert f"bytes {20 * BLOCK} to {21 * BLOCK} are not as they were backed up" in forced.err
     assert target.read_bytes() == image_of(root).read_bytes()
 
+    quiet = cbtfs("-q", "restore", "web1/latest", "--to", str(target), "--force")
+    assert quiet.err.count("are not as they were backed up") == 1
+
 
 def test_damage_on_record_is_refused_before_anything_is_copied(
     cbtfs: Program, root: Path, out: Path, copying: None
