@@ -124,7 +124,7 @@ class Draft:
         run = self._run
         time = _next_time(self._history, started, taken=run.store.times(run.key))
         naming = Naming(run_name(time, secrets.token_hex(8)), run.owner(time))
-        intent = _intent(plan, naming, self._earlier)
+        intent = _intent(plan, naming, self._earlier, pool_uuid=inventory.pool.uuid)
         with run.store.stage(run.key, time=time) as stage:
             async with self._kept_or_taken_back(stage, intent):
                 stage.record(intent)
@@ -382,13 +382,14 @@ def _next_time(history: VMHistory | None, now: datetime, *, taken: Collection[st
     return catalogue.format_time(now)
 
 
-def _intent(plan: VMPlan, naming: Naming, earlier: Sequence[str]) -> Intent:
+def _intent(plan: VMPlan, naming: Naming, earlier: Sequence[str], *, pool_uuid: str) -> Intent:
     owner = naming.owner
     return Intent(
         time=owner.point,
         run=naming.name.rpartition(" ")[2],
         snapshot_name=naming.name,
         vm_uuid=plan.vm_uuid,
+        pool_uuid=pool_uuid,
         pid=owner.pid,
         host=owner.host,
         boot=owner.boot,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
-from . import errors, inventory, vhdexport, xapi
+from . import errors, inventory, tasks, vhdexport, xapi
 from .bitmap import ChangeBitmap
 from .events import Feed
 from .exports import Exports
@@ -310,6 +310,49 @@ class Pool:
         """
         if await self._ours("VDI", vdi_ref):
             await self._while_in_use("VDI.destroy", vdi_ref, busy=vdi_ref)
+
+    async def destroy_unfinished_disk(self, vdi_ref: str) -> None:
+        """Destroy a disk that a restore made and has not finished.
+
+        Raises:
+            PoolError: it is not ours, it is finished, or it stays in use.
+        """
+        record = await self._record("VDI", vdi_ref)
+        if record is None:
+            return
+        owner = inventory.read_owner(record.other_config, record.uuid)
+        if owner is None or owner.role != "restored" or record.is_a_snapshot:
+            raise errors.PoolError(
+                f"VDI {record.uuid} ({record.name_label!r}) is left alone: it is no disk that "
+                "cbtfs has yet to finish"
+            )
+        await self._while_in_use("VDI.destroy", vdi_ref, busy=vdi_ref)
+
+    async def tasks(self) -> dict[str, tasks.Record]:
+        """Return the tasks that cbtfs made for the pool's handlers, by reference."""
+        return await tasks.ours(self._session)
+
+    async def remove_task(self, ref: str) -> None:
+        """Cancel and destroy a task of ours, which nobody waits for any more.
+
+        Raises:
+            PoolError: it is not ours, or the pool refused.
+        """
+        await tasks.remove(self._session, ref)
+
+    async def detach(self, vbd_ref: str) -> None:
+        """Take a snapshot of ours from a control domain, which has it read-only.
+
+        Raises:
+            PoolError: it is not ours, or the pool refused.
+        """
+        try:
+            vbd = await self._session.fetch("VBD.get_record", vbd_ref, type=_Vbd)
+            if await self._ours("VDI", vbd.VDI):
+                await self._detach(vbd_ref)
+        except errors.XapiFailure as exc:
+            if exc.code != "HANDLE_INVALID":
+                raise
 
     async def destroy_run_leftovers(
         self, ref: str, snapshot_name: str, *, owner: Owned | None = None

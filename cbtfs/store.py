@@ -224,6 +224,22 @@ class Store:
         points = self._read_vm(vm_uuid, [], [])
         return catalogue.history_of(vm_uuid, points) if points else None
 
+    def keys(self) -> list[str]:
+        """Return the names of the directories of VMs and disks, with points or without.
+
+        Raises:
+            StoreError: the store's own directory cannot be read.
+        """
+        return sorted(name for name in self._folder.names() if _VM_FOLDER.fullmatch(name))
+
+    def inspect(self, vm_uuid: str) -> tuple[VMHistory | None, tuple[str, ...]]:
+        """Read the restore points of one VM as ``history`` does, and say what cannot be read."""
+        problems: list[str] = []
+        unlisted: list[Unlisted] = []
+        points = self._read_vm(vm_uuid, problems, unlisted)
+        problems += [f"{self.point_path(vm_uuid, p.time)}: {p.why}" for p in unlisted]
+        return catalogue.history_of(vm_uuid, points) if points else None, tuple(problems)
+
     def _read_vm(self, vm_uuid: str, problems: list[str], unlisted: list[Unlisted]) -> list[Point]:
         points: list[Point] = []
         with ExitStack() as stack:

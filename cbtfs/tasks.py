@@ -9,9 +9,11 @@ import re
 import xmlrpc.client
 from typing import Protocol, TypeVar, cast
 
+import msgspec
 import trio
 
-from . import errors, wire
+from . import errors, process, wire
+from .owner import TASK, Owned, read_task, write_owner
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,6 +27,15 @@ _PLAIN = re.compile(r"<value>(?:<string>([^<>&\r]*)</string>|([^<>&\r]*))</value
 bitmap of 16 TiB that took 130 MiB more."""
 
 _UNFINISHED = {"pending", "cancelling"}
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What the pool says of a task."""
+
+    uuid: str = ""
+    name_label: str = ""
+    name_description: str = ""
+    status: str = ""
 
 
 class Caller(Protocol):
@@ -136,7 +147,36 @@ async def create(caller: Caller, label: str, *, what: str) -> Task:
         label: what people see in a list of the pool's tasks.
         what: the call that it will carry out, for messages.
     """
-    return await begin(caller, "task.create", label, "", what=what)
+    me = process.this_process()
+    owned = Owned(
+        self_uuid="", role=TASK, host=me.host, pid=me.pid, boot=me.boot, starttime=me.starttime
+    )
+    return await begin(caller, "task.create", label, write_owner(owned), what=what)
+
+
+async def ours(caller: Caller) -> dict[str, Record]:
+    """Return the tasks that ``create`` made, in this process or another, by reference."""
+    records = await caller.fetch("task.get_all_records", type=dict[str, Record])
+    return {ref: record for ref, record in records.items() if read_task(record.name_description)}
+
+
+async def remove(caller: Caller, ref: str) -> None:
+    """Cancel a task that another process made, if it goes on, and destroy it.
+
+    Raises:
+        PoolError: it is not ours, or the pool refused.
+    """
+    try:
+        record = await caller.fetch("task.get_record", ref, type=Record)
+        if read_task(record.name_description) is None:
+            raise errors.PoolError(f"task {record.uuid} is left alone: it is not tagged by cbtfs")
+        if record.status in _UNFINISHED:
+            await Task(caller, ref, what=record.name_label).abandon()
+        else:
+            await caller.call("task.destroy", ref)
+    except errors.XapiFailure as exc:
+        if exc.code != "HANDLE_INVALID":
+            raise
 
 
 async def begin(caller: Caller, method: str, *args: object, what: str) -> Task:

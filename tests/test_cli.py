@@ -23,10 +23,10 @@ from cbtfs.sync import Target
 
 from .program import Program, Result, untouched_process
 
-LATER = ("diff", "clean", "check", "metrics", "report")
+LATER = ("diff", "check", "metrics", "report")
 NOW = (
     *("ls", "info", "mount", "umount", "sync", "list", "verify", "prune", "pin", "unpin"),
-    *("restore", "open", "close"),
+    *("restore", "open", "close", "clean"),
     *("doctor", "config", "sim", "demo"),
 )
 

@@ -12,6 +12,7 @@ import typer
 from cbtfs import __version__
 
 from . import (
+    cleaning,
     configuring,
     demo,
     doctoring,
@@ -43,7 +44,7 @@ INTERRUPTED = 128 + signal.SIGINT
 MOUNT_HELPER = "mount.fuse.cbtfs"
 
 for module in (
-    *(pools, mounting, syncing, points, restoring, opening, pruning),
+    *(pools, mounting, syncing, points, restoring, opening, pruning, cleaning),
     *(doctoring, configuring, simulating, demo),
 ):
     module.register(app)
