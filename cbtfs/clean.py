@@ -172,6 +172,8 @@ class _Cleaner:
         pool, store = self._pool, self._store
         if store is not None and thing.kind is Kind.PARTIAL:
             await self._abandon(store, thing)
+        elif store is not None and thing.kind is Kind.REMOVED:
+            await trio.to_thread.run_sync(store.sweep, thing.key)
         elif pool is not None:
             how = {
                 Kind.TASK: pool.remove_task,
@@ -228,6 +230,7 @@ def _folder(store: Store, inventory: Inventory | None, key: str, judge: Judge) -
     )  # fmt: skip
     try:
         found = store.leftovers(key)
+        removed = store.removed(key)
         dead = [left for left in found if left.intent and judge.is_dead(_maker(left.intent))]
         resumed = ""
         if target is not None and inventory is not None and dead:
@@ -240,6 +243,7 @@ def _folder(store: Store, inventory: Inventory | None, key: str, judge: Judge) -
     asked = inventory is not None
     return replace(
         folder,
+        removed=removed,
         partials=tuple(
             replace(
                 _partial(left, pool_uuid=latest.pool_uuid if latest else ""),

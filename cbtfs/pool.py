@@ -351,7 +351,8 @@ class Pool:
             if await self._ours("VDI", vbd.VDI):
                 await self._detach(vbd_ref)
         except errors.XapiFailure as exc:
-            if exc.code != "HANDLE_INVALID":
+            # xapi-nbd does it, too, once it sees that nobody reads any more
+            if exc.code not in {"HANDLE_INVALID", "DEVICE_ALREADY_DETACHED"}:
                 raise
 
     async def destroy_run_leftovers(

@@ -38,6 +38,11 @@ def hidden(vm: Folder) -> list[str]:
     ]
 
 
+def times(vm: Folder) -> tuple[str, ...]:
+    """Return the times of the points that are out of sight, oldest first."""
+    return tuple(name.removeprefix(_REMOVED) for name in hidden(vm))
+
+
 def sweep(vm: Folder) -> int:
     """Remove what is out of sight; return how many points that was. The caller holds the lock."""
     names = hidden(vm)

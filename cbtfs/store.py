@@ -428,6 +428,11 @@ class Store:
             vm.remove_all(name)
         return True
 
+    def removed(self, vm_uuid: str) -> tuple[str, ...]:
+        """Return the times of the points that a killed run has begun to remove, oldest first."""
+        with self._vm(vm_uuid) as vm:
+            return removal.times(vm)
+
     def sweep(self, vm_uuid: str) -> int:
         """Finish what killed runs have begun to remove; return how many points that was.
 

@@ -171,9 +171,9 @@ async def remove(caller: Caller, ref: str) -> None:
         if read_task(record.name_description) is None:
             raise errors.PoolError(f"task {record.uuid} is left alone: it is not tagged by cbtfs")
         if record.status in _UNFINISHED:
-            await Task(caller, ref, what=record.name_label).abandon()
-        else:
-            await caller.call("task.destroy", ref)
+            # whoever served it has lost its client long ago, so there is no end to wait for
+            await Task(caller, ref, what=record.name_label).cancel()
+        await caller.call("task.destroy", ref)
     except errors.XapiFailure as exc:
         if exc.code != "HANDLE_INVALID":
             raise

@@ -8,7 +8,8 @@ order, whichever thread makes them::
     3 mkdir /store/by-name
     4 pwrite /store/0f4f…/.lock
 
-so the trace tells how many points there are, and where a run was hit.
+so the trace tells how many points there are, and where a run was hit. Calls to the pool can be
+counted with them, where a kill is all that may happen.
 """
 
 import ctypes
@@ -100,6 +101,10 @@ class Points:
             return call(*arguments, **options)
 
         return guarded
+
+    def call(self, method: str) -> None:
+        """Count a call to the pool, as one that changes something."""
+        self._next("call", method, ())
 
     # ── What happens ─────────────────────────────────────────────────────────────────────────
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from cbtfs import __main__ as program
+from cbtfs.xapi import Session
 
 from .killpoints import Mode, Points
 
@@ -27,7 +28,10 @@ HANGS = 120
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """One run: what is called, where its messages go, the fault, and constants of modules."""
+    """One run: what is called, where its messages go, the fault, and constants of modules.
+
+    With ``calls`` what changes the pool counts too, and each question how a task is doing.
+    """
 
     argv: list[str]
     directory: str
@@ -36,6 +40,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     at: int = 0
     match: str = ""
     settings: dict[str, int] = {}
+    calls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,14 @@ class Runner:
         self._process = process
 
     def run(
-        self, argv: Sequence[str], *, root: Path, mode: Mode = "count", at: int = 0, match: str = ""
+        self,
+        argv: Sequence[str],
+        *,
+        root: Path,
+        mode: Mode = "count",
+        at: int = 0,
+        match: str = "",
+        calls: bool = False,
     ) -> Done:
         """Run ``cbtfs ARGV`` with a fault at the ``at``-th call that changes ``root``.
 
@@ -82,6 +94,7 @@ class Runner:
             mode: the kind of fault.
             at: which call, from 1; 0 for none.
             match: what the line of a call in the trace must contain to be counted for ``at``.
+            calls: whether calls that change the pool are counted, too.
         """
         order = Order(
             argv=list(argv),
@@ -91,6 +104,7 @@ class Runner:
             at=at,
             match=match,
             settings=self.settings,
+            calls=calls,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -163,12 +177,30 @@ def _become(order: Order) -> None:
         trace=directory / "trace",
     )
     points.install()
+    if order.calls:
+        _count_calls(points)
     for name, value in order.settings.items():
         having = [m for at, m in sys.modules.items() if at.startswith("cbtfs.") and name in vars(m)]
         assert having, f"no module has {name}"
         for module in having:
             setattr(module, name, value)
     sys.argv = ["cbtfs", *order.argv]
+
+
+def _count_calls(points: Points) -> None:
+    call, fetch_raw = Session.call, Session._fetch_raw
+
+    async def counted_call(self: Session, method: str, *arguments: object) -> object:
+        points.call(method)
+        return await call(self, method, *arguments)
+
+    async def counted_fetch(self: Session, method: str, *arguments: object) -> bytes:
+        if method == "task.get_status":  # between the beginning and the end of a call
+            points.call(method)
+        return await fetch_raw(self, method, *arguments)
+
+    setattr(Session, "call", counted_call)  # noqa: B010 - a method cannot be assigned
+    setattr(Session, "_fetch_raw", counted_fetch)  # noqa: B010
 
 
 if __name__ == "__main__":
