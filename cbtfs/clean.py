@@ -12,7 +12,7 @@ object goes (``pool``, rule 1). A clean that is killed has removed less, and not
 pool each step leaves what is still tagged, in the store what is still a partial point.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -21,7 +21,7 @@ import msgspec
 import trio
 
 from . import disks, errors, leftovers, process, target as targets, tasks
-from .inventory import VM, Inventory
+from .inventory import Inventory
 from .leftovers import Findings, Folder, Judge, Kind, Partial, PoolTask, Shelf, Thing, Wish
 from .owner import Owned, read_task, time_of_run
 from .pool import Pool
@@ -29,9 +29,6 @@ from .process import Process
 from .stage import Intent, Leftover
 from .store import Store
 from .target import SyncOptions, Target
-
-THING_LIMIT = 300.0
-"""Seconds that one thing may take: a disk in use is waited for up to a minute and a half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +123,7 @@ class _Cleaner:
                     self._left += [replace(thing, why=str(exc)) for thing in things]
                     return
                 except errors.CbtfsError as exc:
+                    self._note(exc)
                     self._done += [Done(thing, exc) for thing in things]
                     return
             for thing in things:
@@ -133,6 +131,8 @@ class _Cleaner:
 
     async def _still(self, store: Store, shelf: Shelf, key: str) -> Sequence[Thing]:
         """Return what is left over of a directory, now that it is locked."""
+        if self._unreachable is not None:
+            raise self._unreachable
         inventory = await self._pool.inventory() if self._pool else None
         fresh = await self._look(store, inventory, [key])
         self._shelf = replace(shelf, folders={**shelf.folders, **fresh.folders})
@@ -147,10 +147,54 @@ class _Cleaner:
 
     async def _look(self, store: Store, inventory: Inventory | None, keys: Sequence[str]) -> Shelf:
         def look() -> Shelf:
-            judge = self._judge
-            return Shelf(store.uuid, {key: _folder(store, inventory, key, judge) for key in keys})
+            known = _targets(inventory) if inventory is not None else {}
+            return Shelf(
+                store.uuid, {key: self._folder(store, inventory, key, known) for key in keys}
+            )
 
         return await trio.to_thread.run_sync(look)
+
+    def _folder(
+        self, store: Store, inventory: Inventory | None, key: str, known: Mapping[str, Target]
+    ) -> Folder:
+        """Return what ``store`` has of one VM or disk; ``known`` are those of the pool."""
+        target = known.get(key)
+        history, problems = store.inspect(key)
+        label = (target.name if target else "") or (history.name if history else "") or key
+        latest = history.latest if history else None
+        folder = Folder(
+            label,
+            target.ref if target else "",
+            bases=frozenset(d.snapshot_uuid for p in (history.points if history else ())
+                            for d in p.disks),
+            problem=problems[0] if problems else "",
+        )  # fmt: skip
+        try:
+            found = store.leftovers(key)
+            removed = store.removed(key)
+            dead = [
+                left for left in found if left.intent and self._judge.is_dead(_maker(left.intent))
+            ]
+            resumed = ""
+            if target is not None and inventory is not None and dead:
+                _, resumption = targets.decide(
+                    inventory, store, target, leftovers=dead, history=history, options=SyncOptions()
+                )
+                resumed = resumption.leftover.time if resumption else ""
+        except errors.StoreError as exc:
+            return replace(folder, problem=str(exc))
+        asked = inventory is not None
+        return replace(
+            folder,
+            removed=removed,
+            partials=tuple(
+                replace(
+                    _partial(left, pool_uuid=latest.pool_uuid if latest else ""),
+                    resumable=left.time == resumed if asked else None,
+                )
+                for left in found
+            ),
+        )
 
     # ── removing ─────────────────────────────────────────────────────────────────────────────────
 
@@ -158,15 +202,15 @@ class _Cleaner:
         if self._unreachable is not None and thing.kind is not Kind.REMOVED:
             return Done(thing, self._unreachable)  # it would be waited for as long, each time
         try:
-            with trio.fail_after(THING_LIMIT):
-                await self._remove(thing)
-        except trio.TooSlowError:
-            return Done(thing, errors.PoolError(f"it took more than {THING_LIMIT:.0f} seconds"))
+            await self._remove(thing)
         except errors.CbtfsError as exc:
-            if isinstance(exc, errors.PoolUnreachable | errors.AuthenticationFailed):
-                self._unreachable = exc
+            self._note(exc)
             return Done(thing, exc)
         return Done(thing)
+
+    def _note(self, exc: errors.CbtfsError) -> None:
+        if isinstance(exc, errors.PoolUnreachable | errors.AuthenticationFailed):
+            self._unreachable = exc
 
     async def _remove(self, thing: Thing) -> None:
         pool, store = self._pool, self._store
@@ -215,50 +259,10 @@ def _tasks(records: dict[str, tasks.Record]) -> tuple[PoolTask, ...]:
     return tuple(found)
 
 
-def _folder(store: Store, inventory: Inventory | None, key: str, judge: Judge) -> Folder:
-    """Return what ``store`` has of one VM or disk."""
-    target = _target(inventory, key) if inventory is not None else None
-    history, problems = store.inspect(key)
-    label = (target.name if target else "") or (history.name if history else "") or key
-    latest = history.latest if history else None
-    folder = Folder(
-        label,
-        target.ref if target else "",
-        bases=frozenset(d.snapshot_uuid for p in (history.points if history else ())
-                        for d in p.disks),
-        problem=problems[0] if problems else "",
-    )  # fmt: skip
-    try:
-        found = store.leftovers(key)
-        removed = store.removed(key)
-        dead = [left for left in found if left.intent and judge.is_dead(_maker(left.intent))]
-        resumed = ""
-        if target is not None and inventory is not None and dead:
-            _, resumption = targets.decide(
-                inventory, store, target, leftovers=dead, history=history, options=SyncOptions()
-            )
-            resumed = resumption.leftover.time if resumption else ""
-    except errors.StoreError as exc:
-        return replace(folder, problem=str(exc))
-    asked = inventory is not None
-    return replace(
-        folder,
-        removed=removed,
-        partials=tuple(
-            replace(
-                _partial(left, pool_uuid=latest.pool_uuid if latest else ""),
-                resumable=left.time == resumed if asked else None,
-            )
-            for left in found
-        ),
-    )
-
-
-def _target(inventory: Inventory, key: str) -> Target | None:
-    if key.startswith("vdi-"):
-        return inventory.find_vdi(key.removeprefix("vdi-"))
-    live: dict[str, VM] = {vm.uuid: vm for vm in inventory.live_vms()}
-    return live.get(key)
+def _targets(inventory: Inventory) -> dict[str, Target]:
+    """Return what a sync can be of, by the name of its directory in a store."""
+    found: list[Target] = [*inventory.live_vms(), *inventory.vdis.values()]
+    return {targets.key_of(target): target for target in found}
 
 
 def _maker(intent: Intent) -> Owned:

@@ -27,10 +27,10 @@ from enum import StrEnum
 
 from . import catalogue
 from .inventory import VBD, VDI, VM, Inventory
-from .owner import Owned, read_owner
+from .owner import RESTORED, Owned, read_owner
 
-LIVE, BASE, RESTORED = "live", "base", "restored"
-"""Roles of tags whose objects do not outlive their makers' work."""
+LIVE, BASE = "live", "base"
+"""Roles of tags, beside ``RESTORED``, whose objects do not outlive their makers' work."""
 
 
 class Kind(StrEnum):
@@ -295,7 +295,8 @@ class _Decision:
             return
         thing = Thing(Kind.VM, vm.uuid, "", vm.ref, tag.vm)
         why = f"taken for {self._label(tag)}/{tag.point} by {_dead(tag)}"
-        self._sort(thing, self._foreign(tag) or self._judge.reprieve(tag), why)
+        reprieve = self._foreign(tag) or self._unknown(vm, tag) or self._judge.reprieve(tag)
+        self._sort(thing, reprieve, why)
 
     def take_vdi(self, vdi: VDI) -> None:
         tag = _tag(vdi)
@@ -372,10 +373,10 @@ class _Decision:
             return f"of another store, {tag.store}"
         return "" if tag.vm else "its tag names no VM"
 
-    def _unknown(self, vdi: VDI, tag: Owned) -> str:
+    def _unknown(self, record: VDI | VM, tag: Owned) -> str:
         """Return why the store does not know whether a point needs this; "" if it does."""
         folder = self._shelf.folders.get(tag.vm) if self._shelf else None
-        if folder is None or vdi.uuid in self._needed or not folder.problem:
+        if folder is None or record.uuid in self._needed or not folder.problem:
             return ""
         return f"perhaps needed by a point that cannot be read: {folder.problem}"
 

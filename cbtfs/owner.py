@@ -15,6 +15,9 @@ import msgspec
 TAG_OWNER = "cbtfs:owner"
 """Key in ``other_config`` of whatever cbtfs made in the pool."""
 
+RESTORED = "restored"
+"""Role of a disk that a restore has not finished."""
+
 TASK = "task"
 """Role in the description of a task."""
 

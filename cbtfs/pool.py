@@ -27,7 +27,7 @@ from .exports import Exports
 from .fresh import Fresh
 from .inventory import TAG_OWNER, Inventory, Owned
 from .nbd import Export, Timeouts
-from .owner import time_of_run
+from .owner import RESTORED, time_of_run
 from .xapi import Session
 
 logger = logging.getLogger(__name__)
@@ -321,7 +321,7 @@ class Pool:
         if record is None:
             return
         owner = inventory.read_owner(record.other_config, record.uuid)
-        if owner is None or owner.role != "restored" or record.is_a_snapshot:
+        if owner is None or owner.role != RESTORED or record.is_a_snapshot:
             raise errors.PoolError(
                 f"VDI {record.uuid} ({record.name_label!r}) is left alone: it is no disk that "
                 "cbtfs has yet to finish"

@@ -203,7 +203,7 @@ class Fantasy:
         for time in ["20261101T020000Z", *(partial.time for partial in partials)]:
             for _ in range(self.rng.randrange(3)):
                 self._base_of(vm, time, needed, kept=time in kept, problem=problem)
-            self._snapshot_vm(vm, time, kept=time in kept)
+            self._snapshot_vm(vm, time, kept=time in kept or bool(problem))
         self.folders[vm.uuid] = Folder(
             vm.name, target, frozenset(needed), tuple(partials), removed, problem
         )
