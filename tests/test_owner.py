@@ -56,6 +56,14 @@ def test_an_object_without_uuid_is_nobodys() -> None:
 @given(st.text(alphabet=st.characters(categories=None)))
 def test_any_value_can_be_asked(value: str) -> None:
     assert owner.read_owner({owner.TAG_OWNER: value}, "u1") is None
+    assert owner.read_task(value) is None
+
+
+def test_a_task_is_known_by_its_description() -> None:
+    made = Owned(self_uuid="", role=owner.TASK, host="h", pid=7)
+
+    assert owner.read_task(owner.write_owner(made)) == made
+    assert owner.read_task(owner.write_owner(OWNED)) is None
 
 
 def test_a_run_is_known_by_the_name_of_its_snapshot() -> None:

@@ -1,13 +1,16 @@
 """What a pool does for the verbs, and above all what it refuses to destroy."""
 
+import os
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import trio
 
-from cbtfs import errors, inventory, pool as pools
+from cbtfs import errors, inventory, pool as pools, tasks
 from cbtfs.inventory import TAG_OWNER, read_owner
+from cbtfs.owner import read_task
 from cbtfs.pool import Pool, PoolOptions
 
 from .pools import OWNER, RUN, disk_of, in_good_order, opened, snapshot_of, vm_of
@@ -255,6 +258,46 @@ async def test_what_is_gone_counts_as_destroyed(simulated: RunningPool) -> None:
     async with opened(simulated) as pool:
         for destroy in (pool.data_destroy, pool.destroy_vdi, pool.destroy_snapshot_vm):
             await destroy("OpaqueRef:none")
+
+
+async def test_what_clean_removes_is_ours_by_what_the_pool_says_then(
+    simulated: RunningPool, api: Api
+) -> None:
+    theirs = api.text("task.create", "cbtfs: not so", '{"self": "", "role": "base"}')
+    async with opened(simulated) as pool:
+        found = await pool.inventory()
+        live = disk_of(found, "web1")
+        (vbd, *_) = live.vbd_refs
+        await pool.tag("VDI", live.ref, OWNER)
+        with pytest.raises(errors.PoolError, match="left alone"):
+            await pool.destroy_unfinished_disk(live.ref)
+        api.call("VDI.remove_from_other_config", live.ref, TAG_OWNER)
+        for remove, ref in (
+            (pool.destroy_unfinished_disk, live.ref),
+            (pool.detach, vbd),
+            (pool.remove_task, theirs),
+        ):
+            with pytest.raises(errors.PoolError, match="left alone"):
+                await remove(ref)
+            await remove("OpaqueRef:none")  # what is gone counts as removed
+
+        assert theirs not in await pool.tasks()
+        assert (await pool.inventory()).vbds[vbd].currently_attached
+    api.call("task.destroy", theirs)
+
+
+async def test_a_task_for_a_handler_says_from_its_first_instant_who_made_it(
+    simulated: RunningPool,
+) -> None:
+    async with opened(simulated) as pool:
+        task = await tasks.create(pool._session, "cbtfs: a test", what="nothing")
+        (record,) = (await pool.tasks()).values()
+        await pool.remove_task(task.ref)
+        assert await pool.tasks() == {}
+
+    maker = read_task(record.name_description)
+    assert maker is not None
+    assert (maker.host, maker.pid) == (socket.gethostname(), os.getpid())
 
 
 async def test_a_device_that_a_read_of_ours_left_behind_is_detached(
