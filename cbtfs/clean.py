@@ -225,6 +225,7 @@ class _Cleaner:
                 Kind.VM: pool.destroy_snapshot_vm,
                 Kind.DATA: pool.data_destroy,
                 Kind.VDI: pool.destroy_vdi,
+                Kind.BASE: pool.destroy_vdi,
                 Kind.DISK: pool.destroy_unfinished_disk,
             }
             await how[thing.kind](thing.ref)

@@ -42,6 +42,7 @@ class Kind(StrEnum):
     VM = "VM snapshot"
     DATA = "data of a base"
     VDI = "snapshot"
+    BASE = "base"
     DISK = "unfinished disk"
     REMOVED = "removed point"
 
@@ -326,11 +327,15 @@ class _Decision:
             if not self._judge.reprieve(tag) and (tag.vm, tag.point) not in self._at_work:
                 self._take_vbds(vdi, tag)
             return
-        needed = vdi.uuid in self._needed and vdi.cbt_enabled
-        thing = Thing(Kind.DATA if needed else Kind.VDI, vdi.uuid, "", vdi.ref, tag.vm)
+        thing = Thing(self._kind(vdi), vdi.uuid, "", vdi.ref, tag.vm)
         reprieve = self._foreign(tag) or self._unknown(vdi, tag) or self._judge.reprieve(tag)
         if self._sort(thing, reprieve, self._why_base(vdi, tag)):
             self._take_vbds(vdi, tag)
+
+    def _kind(self, vdi: VDI) -> Kind:
+        if vdi.type == "cbt_metadata":
+            return Kind.BASE
+        return Kind.DATA if vdi.uuid in self._needed and vdi.cbt_enabled else Kind.VDI
 
     def _why_base(self, vdi: VDI, tag: Owned) -> str:
         of = f"of {self._origin(vdi)}"

@@ -110,17 +110,17 @@ def _show(options: Globals, report: Report, *, dry_run: bool) -> None:
 
 
 def _table(report: Report, *, dry_run: bool) -> Table:
-    table = Table(["WHAT", "NAME", "WHY", "DONE"], flexible=(2,))
+    table = Table(["WHAT", "NAME", "DONE", "WHY"], flexible=(3,))
     for done in report.done:
         thing = done.thing
         did = "failed" if done.error else "would remove" if dry_run else "removed"
-        table.add(thing.kind, thing.name, thing.why, did)
+        table.add(thing.kind, thing.name, did, thing.why)
     grouped: dict[tuple[str, str], list[Thing]] = {}
     for thing in report.left:
         grouped.setdefault((thing.kind, thing.why), []).append(thing)
     for (kind, why), things in grouped.items():
         name = things[0].name if len(things) == 1 else f"{len(things)} (--json names them)"
-        table.add(kind, name, why, "left")
+        table.add(kind, name, "left", why)
     return table
 
 
