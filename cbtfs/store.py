@@ -285,6 +285,16 @@ class Store:
         with self._vm(vm_uuid) as vm, vm.folder(time) as point:
             return pins.is_pinned(point)
 
+    @contextmanager
+    def opened_point(self, vm_uuid: str, time: str) -> Generator[Folder]:
+        """Yield the directory of a point.
+
+        Raises:
+            StoreError: it is not there any more, or this user may not look.
+        """
+        with self._vm(vm_uuid) as vm, vm.folder(time) as point:
+            yield point
+
     def point_path(self, vm_uuid: str, time: str) -> Path:
         """Return the directory of a point."""
         return self.path / vm_uuid / time

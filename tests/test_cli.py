@@ -23,9 +23,9 @@ from cbtfs.sync import Target
 
 from .program import Program, Result, untouched_process
 
-LATER = ("diff", "check", "metrics", "report")
+LATER = ("check", "metrics", "report")
 NOW = (
-    *("ls", "info", "mount", "umount", "sync", "list", "verify", "prune", "pin", "unpin"),
+    *("ls", "info", "mount", "umount", "sync", "list", "diff", "verify", "prune", "pin", "unpin"),
     *("restore", "open", "close", "clean"),
     *("doctor", "config", "sim", "demo"),
 )

@@ -15,6 +15,7 @@ from . import (
     cleaning,
     configuring,
     demo,
+    diffing,
     doctoring,
     failures,
     mounting,
@@ -44,7 +45,7 @@ INTERRUPTED = 128 + signal.SIGINT
 MOUNT_HELPER = "mount.fuse.cbtfs"
 
 for module in (
-    *(pools, mounting, syncing, points, restoring, opening, pruning, cleaning),
+    *(pools, mounting, syncing, points, diffing, restoring, opening, pruning, cleaning),
     *(doctoring, configuring, simulating, demo),
 ):
     module.register(app)
