@@ -7,13 +7,16 @@ same disk finds nothing, which proves every byte of it right.
 
 import errno
 import heapq
+import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from random import Random, SystemRandom
 
 import msgspec
 
@@ -26,6 +29,9 @@ RECORD = "damaged.json"
 
 KEPT_EXTENTS = 1000
 """Extents that are named; all are counted."""
+
+DIGESTS_CHANGED = "its digests changed"
+DIGESTS_UNREADABLE = "its digests cannot be read"
 
 _PIECE = units.MiB
 _THREADS = min(4, os.cpu_count() or 1)
@@ -42,21 +48,51 @@ class Damage:
         blocks: how many blocks differ from their digests, or cannot be read.
         extents: where, in bytes; at most the first 1000 of them.
         checked: bytes of the disk compared; a hole whose digests are zero counts.
+        sampled_of: of a sample, in how many bytes that may hold data it was drawn; -1 if all of
+            the disk was compared.
     """
 
     problem: str = ""
     blocks: int = 0
     extents: tuple[Extent, ...] = ()
     checked: int = 0
+    sampled_of: int = -1
 
     @property
     def found(self) -> bool:
         """Whether the image must not be used as a base."""
         return bool(self.problem or self.blocks)
 
+    @property
+    def sampled(self) -> bool:
+        """Whether only a sample was compared, which proves nothing of the rest."""
+        return self.sampled_of >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What of an image to compare; all of it by default.
+
+    Attributes:
+        share: of the blocks that may hold data, 0 to 1; at least one of them, if there is any.
+        only: these blocks, in order; None for no such limit.
+        kept: how many extents to name.
+        rng: draws the blocks; nobody can foresee what it will be.
+    """
+
+    share: float = 1.0
+    only: Sequence[Extent] | None = None
+    kept: int | None = None
+    rng: Random = field(default_factory=SystemRandom)
+
 
 def find(
-    files: ImageFiles, *, size: int, root: str, advanced: Callable[[int], None] | None = None
+    files: ImageFiles,
+    *,
+    size: int,
+    root: str,
+    advanced: Callable[[int], None] | None = None,
+    scope: Scope | None = None,
 ) -> Damage:
     """Compare an image of ``size`` bytes with its digests, and these with their ``root``.
 
@@ -65,6 +101,7 @@ def find(
         size: of the disk in bytes.
         root: digest root that the array must have.
         advanced: called with the bytes checked since the last call, in the thread of the caller.
+        scope: what to compare; the digest root is checked in any case.
 
     Raises:
         StoreError: a file cannot be read, for another reason than a failing disk.
@@ -77,7 +114,8 @@ def find(
         stack.callback(os.close, fd)
         stack.callback(os.close, digest_fd)
         stack.enter_context(told("read", files.path))
-        return _Check(fd, digest_fd, size=size).run(root, advanced or _ignore)
+        check = _Check(fd, digest_fd, size=size, scope=scope or Scope())
+        return check.run(root, advanced or _ignore)
 
 
 def _ignore(length: int) -> None:
@@ -94,10 +132,12 @@ class _Check:
         compared       |######|  |##########|     |##|     |     elsewhere both are zero already
     """
 
-    def __init__(self, fd: int, digest_fd: int, *, size: int) -> None:
+    def __init__(self, fd: int, digest_fd: int, *, size: int, scope: Scope) -> None:
         self._fd = fd
         self._digest_fd = digest_fd
         self._size = size
+        self._scope = scope
+        self._kept = KEPT_EXTENTS if scope.kept is None else scope.kept
         self._own = threading.local()
         self._blocks = 0
         self._extents: list[Extent] = []
@@ -107,13 +147,14 @@ class _Check:
             # what the disk holds is of interest, not what the page cache remembers
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         try:
-            problem = (
-                "" if imagefiles.digest_root(self._digest_fd) == root else "its digests changed"
-            )
+            whole = imagefiles.digest_root(self._digest_fd) == root
         except sparse.Unreadable:
-            return Damage(problem="its digests cannot be read")
+            return Damage(problem=DIGESTS_UNREADABLE)
+        problem = "" if whole else DIGESTS_CHANGED
+        if self._scope.only is not None or self._scope.share < 1:
+            return self._run_part(problem, advanced)
         at = 0
-        with closing(self._results()) as results:  # no thread may outlive the descriptors
+        with closing(self._results(self._suspects())) as results:  # no thread outlives the files
             for piece, bad in results:
                 self._add(bad)
                 advanced(piece.stop - at)
@@ -121,10 +162,24 @@ class _Check:
         advanced(self._size - at)
         return Damage(problem, self._blocks, tuple(self._extents), self._size)
 
-    def _results(self) -> Generator[tuple[Extent, list[Extent]]]:
+    def _run_part(self, problem: str, advanced: Callable[[int], None]) -> Damage:
+        of = -1
+        chosen: Iterable[Extent] = self._scope.only or ()
+        if self._scope.only is None:
+            of = extents.total(self._suspects())
+            chosen = _drawn(self._suspects(), -(-of // digests.BLOCK), self._scope)
+        checked = 0
+        with closing(self._results(chosen)) as results:
+            for piece, bad in results:
+                self._add(bad)
+                advanced(piece.length)
+                checked += piece.length
+        return Damage(problem, self._blocks, tuple(self._extents), checked, of)
+
+    def _results(self, wanted: Iterable[Extent]) -> Generator[tuple[Extent, list[Extent]]]:
         waiting: deque[tuple[Extent, Future[list[Extent]]]] = deque()
         with ThreadPoolExecutor(_THREADS) as threads:
-            for piece in extents.split(self._suspects(), size=_PIECE):
+            for piece in extents.split(wanted, size=_PIECE):
                 if len(waiting) >= _AHEAD:
                     done, result = waiting.popleft()
                     yield done, result.result()
@@ -178,13 +233,35 @@ class _Check:
             self._blocks += 1
             if self._extents and self._extents[-1].stop == extent.start:
                 self._extents[-1] = Extent(self._extents[-1].start, extent.stop)
-            elif len(self._extents) < KEPT_EXTENTS:
+            elif len(self._extents) < self._kept:
                 self._extents.append(extent)
 
 
 def _whole_blocks(found: Iterable[Extent]) -> Iterator[Extent]:
     for start, stop in found:
         yield Extent(start - start % digests.BLOCK, -(-stop // digests.BLOCK) * digests.BLOCK)
+
+
+def _drawn(suspects: Iterator[Extent], blocks: int, scope: Scope) -> Iterator[Extent]:
+    """Yield a share of the ``blocks`` in ``suspects``, each as likely as any other, in order.
+
+    ::
+
+        block     | 0  1  2 | 3  4  5  6 | 7  8  9 |      as many parts as blocks are wanted
+        drawn             2   3                 8         one of each part
+    """
+    wanted = math.ceil(scope.share * blocks)
+    bounds = (part * blocks // wanted for part in range(1, wanted + 1))
+    numbers = (scope.rng.randrange(low, high) for low, high in pairwise(chain([0], bounds)))
+    number = next(numbers, blocks)
+    gone = 0
+    for start, stop in suspects:
+        count = -(-(stop - start) // digests.BLOCK)
+        while number < gone + count:
+            at = start + (number - gone) * digests.BLOCK
+            yield Extent(at, min(at + digests.BLOCK, stop))
+            number = next(numbers, blocks)
+        gone += count
 
 
 def _entry(array: bytes, index: int) -> bytes:
@@ -220,6 +297,8 @@ def recorded(point: Folder) -> frozenset[str]:
 def record(point: Folder, device: str, damage: Damage, *, now: str) -> None:
     """Make the record of a point say what was found on ``device``: damage, or nothing any more.
 
+    What a sample finds is added to the record; if it finds nothing, the record stays as it is.
+
     The caller holds a lock that keeps others from the record. ``now`` is an ISO time.
 
     Raises:
@@ -227,13 +306,15 @@ def record(point: Folder, device: str, damage: Damage, *, now: str) -> None:
     """
     disks = dict(_read_record(point))
     if damage.found:
-        disks[device] = DiskDamage(
+        found = DiskDamage(
             found=now,
             problem=damage.problem,
             blocks=damage.blocks,
             extents=tuple((e.start, e.stop) for e in damage.extents),
         )
-    elif disks.pop(device, None) is None:
+        before = disks.get(device) if damage.sampled else None
+        disks[device] = found if before is None else _joined(before, found)
+    elif damage.sampled or disks.pop(device, None) is None:
         return
     if disks:
         content = msgspec.json.format(msgspec.json.encode(_Record(disks=disks)))
@@ -241,6 +322,19 @@ def record(point: Folder, device: str, damage: Damage, *, now: str) -> None:
     else:
         point.remove(RECORD)
         point.sync()
+
+
+def _joined(before: DiskDamage, found: DiskDamage) -> DiskDamage:
+    """Return a record of both; blocks beyond the extents that are named may be counted twice."""
+    named = [Extent(*e) for e in (*before.extents, *found.extents)]
+    merged = list(extents.merge(sorted(named)))
+    twice = extents.total(named) - extents.total(merged)
+    return DiskDamage(
+        found=found.found,
+        problem=found.problem or before.problem,
+        blocks=before.blocks + found.blocks - -(-twice // digests.BLOCK),
+        extents=tuple((e.start, e.stop) for e in merged[:KEPT_EXTENTS]),
+    )
 
 
 def _read_record(point: Folder) -> Mapping[str, DiskDamage]:

@@ -9,6 +9,7 @@
         ├── 20261122T020000Z/            a restore point (see stage.py how it appears)
         │   ├── point.json  vm.xml  xvda.raw  xvda.b3
         │   ├── damaged.json             only if verify found damage
+        │   ├── verified.json            when verify found which disk whole
         │   └── pinned.json              only if somebody wants to keep it
         ├── latest -> 20261122T020000Z
         ├── .lock                        held by whoever works on this VM
@@ -48,9 +49,10 @@ from . import (
     removal,
     stage as stages,
     tree,
+    verified,
 )
 from .catalogue import Catalogue, DiskPoint, Point, Reference, VMHistory
-from .damage import Damage
+from .damage import Damage, Scope
 from .folder import FOLDER_MODE, Folder, told
 from .imagefiles import ImageFiles
 from .retention import Facts
@@ -452,15 +454,20 @@ class Store:
             return removal.sweep(vm)
 
     def verify(
-        self, reference: Reference, *, advanced: Callable[[int], None] | None = None
+        self,
+        reference: Reference,
+        *,
+        advanced: Callable[[int], None] | None = None,
+        scope: Scope | None = None,
     ) -> VerifyResult:
-        """Compare images with their digests, and record in the point what is damaged.
+        """Compare images with their digests, and record in the point what is damaged or whole.
 
         A disk with damage on record that is found whole again loses the record.
 
         Args:
             reference: a point, or one disk of it.
             advanced: called with the bytes checked since the last call, up to the disks' sizes.
+            scope: what of each disk to compare; None for all.
 
         Raises:
             StoreError: the point cannot be read.
@@ -472,12 +479,11 @@ class Store:
         with self._vm(vm_uuid) as vm, vm.folder(point.time) as folder:
             for disk in disks:
                 files = ImageFiles(folder, disk.file, disk.digests)
-                found = damage.find(files, size=disk.size, root=disk.digest_root, advanced=advanced)
+                found = damage.find(
+                    files, size=disk.size, root=disk.digest_root, advanced=advanced, scope=scope
+                )
                 results.append(DiskResult(disk, found))
-                try:
-                    self._record_damage(folder, disk.device, found)
-                except errors.StoreError as exc:
-                    warnings.append(f"the result for {disk.device} is not on record: {exc}")
+                warnings += self.record_check(folder, disk.device, found)
         return VerifyResult(point, tuple(results), tuple(warnings))
 
     @contextmanager
@@ -490,10 +496,22 @@ class Store:
         with self._vm(reference.history.uuid) as vm, vm.folder(reference.point.time) as folder:
             yield ImageFiles(folder, disk.file, disk.digests)
 
-    def _record_damage(self, point: Folder, device: str, found: Damage) -> None:
-        if found.found or damage.recorded(point):
+    def record_check(self, point: Folder, device: str, found: Damage) -> list[str]:
+        """Put on record what a check of ``device`` found; return what prevents that, if it matters.
+
+        That a disk is whole need not be on record: then it is only verified more often.
+        """
+        if found.sampled and not found.found:
+            return []
+        now = _now()
+        try:
             with lock.held(self._folder, wait=True):
-                damage.record(point, device, found, now=_now())
+                damage.record(point, device, found, now=now)
+                verified.record(point, device, now="" if found.found else now)
+        except errors.StoreError as exc:
+            if found.found or damage.recorded(point):
+                return [f"the result for {device} is not on record: {exc}"]
+        return []
 
     def _vm(self, vm_uuid: str, *, create: bool = False) -> Folder:
         if not _VM_FOLDER.fullmatch(vm_uuid):

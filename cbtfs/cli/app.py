@@ -27,6 +27,7 @@ from . import (
     restoring,
     simulating,
     syncing,
+    verifying,
 )
 from .context import Globals
 
@@ -45,7 +46,7 @@ INTERRUPTED = 128 + signal.SIGINT
 MOUNT_HELPER = "mount.fuse.cbtfs"
 
 for module in (
-    *(pools, mounting, syncing, points, diffing, restoring, opening, pruning, cleaning),
+    *(pools, mounting, syncing, points, diffing, verifying, restoring, opening, pruning, cleaning),
     *(doctoring, configuring, simulating, demo),
 ):
     module.register(app)

@@ -2,14 +2,16 @@
 
 import logging
 import os
-from collections.abc import AsyncGenerator, Generator
+import sys
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import typer
 
-from cbtfs import config, errors, pool, store as stores
+from cbtfs import config, errors, pool, progress, store as stores
 from cbtfs.catalogue import Catalogue
 from cbtfs.config import Config
 from cbtfs.pool import Pool
@@ -18,6 +20,8 @@ from cbtfs.store import Store
 from . import output
 
 log = logging.getLogger("cbtfs.cli")
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,21 @@ def of(context: typer.Context) -> Globals:
 def warn(text: str) -> None:
     """Print a warning to stderr, unless ``-q``, through the log."""
     log.warning("%s", text)
+
+
+def parsed(option: str, parse: Callable[[str], _T], text: str) -> _T:
+    """Return what ``text`` means to ``parse``, a mistake in it with the name of the option."""
+    try:
+        return parse(text)
+    except errors.UsageError as exc:
+        raise errors.UsageError(f"{option}: {exc}") from None
+
+
+def progress_kind(options: Globals, *, as_json: bool) -> progress.Kind:
+    """Return how to tell of progress on stderr; ``as_json`` is ``--json-progress``."""
+    if as_json:
+        return "json"
+    return "silent" if options.quiet else progress.kind_for(sys.stderr)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""``list`` and ``verify``: what a store has, and whether it is undamaged."""
+"""``list``: what a store has."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -6,21 +6,17 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cbtfs import damage, names, units
-from cbtfs.catalogue import Catalogue, Point, Reference, VMHistory
-from cbtfs.store import DiskResult, Store, Unlisted, VerifyResult
+from cbtfs import units
+from cbtfs.catalogue import Catalogue, Point, VMHistory
+from cbtfs.store import Store
 
 from . import context as contexts, listing, output
 from .output import Table
 
-DAMAGED = 4
-"""Exit status when damage was found."""
-
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs of this module to ``app``."""
+    """Add the verb of this module to ``app``."""
     app.command("list", epilog="Example: cbtfs --store /srv/backup list --vm 'web*'")(list_points)
-    app.command("verify", epilog="Example: cbtfs verify web1/latest")(verify)
 
 
 # ── list ─────────────────────────────────────────────────────────────────────────────────────
@@ -119,137 +115,3 @@ def _document(store: Store, histories: Sequence[VMHistory]) -> list[dict[str, ob
         }
         for history in histories
     ]
-
-
-# ── verify ───────────────────────────────────────────────────────────────────────────────────
-
-
-def verify(
-    context: typer.Context,
-    points: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="POINT", help="VM/TIME or VM/TIME/DISK; nothing: all of them."),
-    ] = None,
-) -> None:
-    """Compare images with their digests; exit status 4 if one is damaged."""
-    options = contexts.of(context)
-    documents: list[dict[str, object]] = []
-    damaged = False
-    with contexts.opened_store(options) as store:
-        catalogue = contexts.catalogue_of(store)
-        references, unlisted = _chosen(store, catalogue, points or [])
-        for reference in references:
-            result = store.verify(reference)
-            name = f"{label(catalogue, reference.history)}/{result.point.time}"
-            damaged = damaged or result.damaged
-            for warning in result.warnings:
-                contexts.warn(f"{name}: {warning}")
-            documents.append(_result_document(name, result))
-            if not options.json:
-                _print_result(name, result)
-        for point in unlisted:
-            name = f"{_label_of(catalogue, point.vm_uuid)}/{point.time}"
-            documents.append(_unlisted_document(name, point))
-            if not options.json:
-                output.line(output.safe(f"{name}  DAMAGED: {point.why}"))
-    if options.json:
-        output.document({"damaged": damaged or bool(unlisted), "points": documents})
-    if damaged or unlisted:
-        raise typer.Exit(DAMAGED)
-
-
-def _chosen(
-    store: Store, catalogue: Catalogue, points: Sequence[str]
-) -> tuple[list[Reference], list[Unlisted]]:
-    """Return what to verify, and which points meant by ``points`` cannot even be listed."""
-    if not points:
-        histories = listing.matching(catalogue.vms.values(), [])
-        return [Reference(h, point) for h in histories for point in h.points], list(store.unlisted)
-    references: list[Reference] = []
-    unlisted: list[Unlisted] = []
-    for text in points:
-        broken = _unlisted_called(store, catalogue, text)
-        unlisted += broken
-        if not broken:
-            references.append(catalogue.resolve(text))
-    return references, unlisted
-
-
-def _unlisted_called(store: Store, catalogue: Catalogue, text: str) -> list[Unlisted]:
-    """Return the point that ``text`` names, if it is one that is not listed.
-
-    ``latest`` is the newest directory there is: an older point must not pass for it.
-    """
-    vm, _, time = text.rpartition("/")
-    label = {
-        h.uuid: {h.name, h.uuid, *names.spellings(h.name, h.uuid)} for h in catalogue.vms.values()
-    }
-    found = [p for p in store.unlisted if vm in label.get(p.vm_uuid, {p.vm_uuid})]
-    if time != "latest":
-        return [point for point in found if point.time == time]
-    newest = max((point.time for h in catalogue.vms.values() if vm in label[h.uuid]
-                  for point in h.points), default="")  # fmt: skip
-    return [p for p in found if p.time > newest and p.time == max(q.time for q in found)]
-
-
-def _label_of(catalogue: Catalogue, vm_uuid: str) -> str:
-    history = catalogue.vms.get(vm_uuid)
-    return label(catalogue, history) if history else vm_uuid
-
-
-def _unlisted_document(name: str, point: Unlisted) -> dict[str, object]:
-    return {
-        "point": name,
-        "vm_uuid": point.vm_uuid,
-        "time": point.time,
-        "problem": point.why,
-        "disks": [],
-        "failures": [],
-    }
-
-
-def _print_result(name: str, result: VerifyResult) -> None:
-    for disk in result.disks:
-        where = output.safe(f"{name}/{disk.disk.device}")
-        output.line(f"{where}  {_verdict(disk.damage)}")
-        for extent in disk.damage.extents[:10]:
-            output.line(f"  damaged: bytes {extent.start} to {extent.stop}")
-        if len(disk.damage.extents) > 10:
-            output.line(f"  and {len(disk.damage.extents) - 10} more places; --json lists them")
-    for failure in result.point.failures:
-        output.line(output.safe(f"{name}/{failure.device}  not in this point: {failure.error}"))
-
-
-def _verdict(found: damage.Damage) -> str:
-    checked = units.format_size(found.checked)
-    if found.problem:
-        return f"DAMAGED: {output.safe(found.problem)}"
-    if found.blocks:
-        return f"DAMAGED: {found.blocks} blocks differ, {checked} checked"
-    return f"ok, {checked} checked"
-
-
-def _result_document(name: str, result: VerifyResult) -> dict[str, object]:
-    return {
-        "point": name,
-        "vm_uuid": result.point.vm_uuid,
-        "time": result.point.time,
-        "disks": [_disk_document(disk) for disk in result.disks],
-        "failures": _failures(result.point),
-    }
-
-
-def _disk_document(disk: DiskResult) -> dict[str, object]:
-    found = disk.damage
-    return {
-        "device": disk.disk.device,
-        "damaged": found.found,
-        "problem": found.problem,
-        "blocks": found.blocks,
-        "checked": found.checked,
-        "extents": [[extent.start, extent.stop] for extent in found.extents],
-    }
-
-
-def _failures(point: Point) -> list[object]:
-    return [msgspec.to_builtins(failure) for failure in point.failures]

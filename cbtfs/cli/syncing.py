@@ -1,10 +1,10 @@
 """``sync``: restore points for the jobs of the configuration, or for what the options select."""
 
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -108,15 +108,17 @@ def sync(  # noqa: PLR0913  # one parameter per option
     options = contexts.of(context)
     wish = Wish(
         full,
-        _parsed("--limit-rate", units.parse_rate, limit_rate) if limit_rate is not None else None,
-        _parsed("--lock-wait", units.parse_duration, lock_wait),
+        contexts.parsed("--limit-rate", units.parse_rate, limit_rate)
+        if limit_rate is not None
+        else None,
+        contexts.parsed("--lock-wait", units.parse_duration, lock_wait),
     )
     runs = _runs(options, jobs or [], vms=vm or [], vdis=vdi or [], wish=wish)
     if dry_run:
         plans = running.run(lambda: _plan_all(runs))
         forecast.show(plans, as_json=options.json)
         return
-    kind = _progress_kind(options, as_json=json_progress)
+    kind = contexts.progress_kind(options, as_json=json_progress)
     results = running.run(lambda: _run_all(runs, kind), then=_GOES_ON)
     outcomes.show(options, results)
     status = outcomes.exit_status([result.outcome for result in results])
@@ -125,14 +127,6 @@ def sync(  # noqa: PLR0913  # one parameter per option
 
 
 _GOES_ON = "the next sync goes on from where this one was"
-
-
-def _parsed(option: str, parse: Callable[[str], _T], text: str) -> _T:
-    """Return what ``text`` means to ``parse``, a mistake in it with the name of the option."""
-    try:
-        return parse(text)
-    except errors.UsageError as exc:
-        raise errors.UsageError(f"{option}: {exc}") from None
 
 
 # ── What to do ───────────────────────────────────────────────────────────────────────────────
@@ -233,17 +227,6 @@ async def _plan(run: Run) -> Planned:
 
 
 # ── The run ──────────────────────────────────────────────────────────────────────────────────
-
-
-def _progress_kind(options: Globals, *, as_json: bool) -> progress.Kind:
-    kind: Literal["bar", "line", "json", "silent"]
-    if as_json:
-        kind = "json"
-    elif options.quiet:
-        kind = "silent"
-    else:
-        kind = "bar" if sys.stderr.isatty() else "line"
-    return kind
 
 
 async def _run_all(runs: Sequence[Run], kind: progress.Kind) -> list[Result]:

@@ -1,0 +1,400 @@
+"""``verify``: whether what the store has is undamaged, and making it whole again."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+from typing import Annotated
+
+import msgspec
+import typer
+
+from cbtfs import errors, names, progress, repair as repairs, tables, units, verified
+from cbtfs.catalogue import Catalogue, DiskPoint, Reference
+from cbtfs.damage import Damage, Scope
+from cbtfs.progress import Progress
+from cbtfs.repair import Found, Repair
+from cbtfs.store import Store, Unlisted
+
+from . import context as contexts, listing, output, points as listed
+from .context import Globals
+
+DAMAGED = 4
+"""Exit status when damage was found, and is there still."""
+
+SHOWN = 10
+"""Places of a disk that are shown to people."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb of this module to ``app``."""
+    app.command("verify", epilog="Example: cbtfs verify --older-than 30d --repair")(verify)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the options say.
+
+    Attributes:
+        share: of the blocks to compare, 0 to 1.
+        older_than: seconds; disks found whole since are left out. None: none are.
+        repair: whether to repair what is damaged.
+        dry_run: whether only to say so.
+    """
+
+    share: float = 1.0
+    older_than: float | None = None
+    repair: bool = False
+    dry_run: bool = False
+
+    @property
+    def scope(self) -> Scope:
+        """What of each image to compare."""
+        return Scope(share=self.share)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What became of one disk.
+
+    Attributes:
+        damage: what was found.
+        repair: what of it can be repaired, or was.
+        repaired: whether it was.
+        since: when it was found whole, if it was left out for that.
+        on_record: whether damage is on record that this check, a sample, did not find.
+    """
+
+    disk: DiskPoint
+    damage: Damage
+    repair: Repair = field(default_factory=Repair)
+    repaired: bool = False
+    since: datetime | None = None
+    on_record: bool = False
+
+    @property
+    def left(self) -> Damage:
+        """What is damaged now."""
+        return self.repair.left if self.repaired else self.damage
+
+    @property
+    def damaged(self) -> bool:
+        """Whether there is damage now."""
+        return self.left.found or self.on_record
+
+
+def verify(  # noqa: PLR0913  # one parameter per option
+    context: typer.Context,
+    points: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="POINT", help="VM/TIME or VM/TIME/DISK; nothing: all of them."),
+    ] = None,
+    *,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            "--sample",
+            metavar="SHARE",
+            help="Compare only this share of the blocks, drawn at random, such as 5%.",
+        ),
+    ] = None,
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            "--older-than",
+            metavar="DURATION",
+            help="Leave out disks that were found whole in that time, such as 30d.",
+        ),
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", metavar="", help="Repair damaged blocks from other points of the VM."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("-n", "--dry-run", metavar="", help="Only say what would be repaired."),
+    ] = False,
+    json_progress: Annotated[
+        bool,
+        typer.Option("--json-progress", metavar="", help="Progress as lines of JSON on stderr."),
+    ] = False,
+) -> None:
+    """Compare images with their digests; exit status 4 if one is damaged."""
+    options = contexts.of(context)
+    wish = Wish(
+        contexts.parsed("--sample", _share, sample) if sample is not None else 1.0,
+        contexts.parsed("--older-than", units.parse_duration, older_than) if older_than else None,
+        repair,
+        dry_run,
+    )
+    if dry_run and not repair:
+        raise errors.UsageError("-n is for --repair; without it verify changes no image anyway")
+    kind = contexts.progress_kind(options, as_json=json_progress)
+    with (
+        contexts.opened_store(options) as store,
+        progress.open_progress(kind, sys.stderr) as view,
+    ):
+        _Run(options, store, wish, view).run(points or [])
+
+
+def _share(text: str) -> float:
+    share = tables.parse_share(text)
+    if not share:
+        raise errors.UsageError(f"{text!r} of the blocks are none; write for example 5%")
+    return share
+
+
+class _Run:
+    """One call of the command."""
+
+    def __init__(self, options: Globals, store: Store, wish: Wish, view: Progress) -> None:
+        self._options = options
+        self._store = store
+        self._wish = wish
+        self._view = view
+        self._damaged = False
+        self._left_out = 0
+
+    def run(self, points: Sequence[str]) -> None:
+        catalogue = contexts.catalogue_of(self._store)
+        references, unlisted = _chosen(self._store, catalogue, points)
+        documents: list[dict[str, object]] = []
+        for reference in references:
+            name = f"{listed.label(catalogue, reference.history)}/{reference.point.time}"
+            documents.append(self._point(name, reference))
+        for broken in unlisted:
+            name = f"{_label_of(catalogue, broken.vm_uuid)}/{broken.time}"
+            documents.append(_unlisted_document(name, broken))
+            self._print(f"{name}  DAMAGED: {broken.why}")
+        damaged = self._damaged or bool(unlisted)
+        if self._left_out:
+            self._options.tell(f"{self._left_out} disks left out, which were found whole lately")
+        if self._options.json:
+            output.document({"damaged": damaged, "points": documents})
+        if damaged:
+            raise typer.Exit(DAMAGED)
+
+    def _print(self, line: str) -> None:
+        if not self._options.json:
+            output.line(output.safe(line))
+
+    def _point(self, name: str, reference: Reference) -> dict[str, object]:
+        point = reference.point
+        results: list[Checked] = []
+        for disk in (reference.disk,) if reference.disk else point.disks:
+            result = self._disk(f"{name}/{disk.device}", Reference(reference.history, point, disk))
+            results.append(result)
+            self._damaged = self._damaged or result.damaged
+            self._show(f"{name}/{disk.device}", result)
+        for failure in point.failures:
+            self._print(f"{name}/{failure.device}  not in this point: {failure.error}")
+        return {
+            "point": name,
+            "vm_uuid": point.vm_uuid,
+            "time": point.time,
+            "disks": [_disk_document(result) for result in results],
+            "failures": [msgspec.to_builtins(failure) for failure in point.failures],
+        }
+
+    # ── one disk ─────────────────────────────────────────────────────────────────────────────
+
+    def _disk(self, key: str, reference: Reference) -> Checked:
+        point, disk = reference.point, _only(reference)
+        on_record = disk.device in self._store.damaged(point.vm_uuid, point.time)
+        since = self._whole_since(reference)
+        if since is not None and not on_record:
+            self._left_out += 1
+            return Checked(disk, Damage(), since=since)
+        found = self._compared(key, reference)
+        if not found.found:
+            return Checked(disk, found, on_record=on_record and found.sampled)
+        if self._wish.repair and not self._wish.dry_run:
+            try:
+                with self._store.lock(point.vm_uuid):
+                    done = repairs.repair(self._store, reference)
+            except errors.StoreError as exc:
+                contexts.warn(f"{key} is not repaired: {exc}")
+            else:
+                return Checked(disk, found, repair=done, repaired=True)
+        return Checked(disk, found, repair=repairs.possible(self._store, reference, found))
+
+    def _whole_since(self, reference: Reference) -> datetime | None:
+        """Return when a disk was found whole, if that is so short ago that it is left out."""
+        if self._wish.older_than is None:
+            return None
+        with self._store.opened_point(reference.history.uuid, reference.point.time) as folder:
+            since = verified.times(folder).get(_only(reference).device)
+        if since is None:
+            return None
+        age = datetime.now(UTC) - since
+        # a time that is yet to come is that of a clock that was wrong
+        recent = timedelta(0) <= age < timedelta(seconds=self._wish.older_than)
+        return since if recent else None
+
+    def _compared(self, key: str, reference: Reference) -> Damage:
+        disk = _only(reference)
+        total = round(disk.size * self._wish.share)
+        self._view.disk_started(key, method="verify", reason="", total=total)
+        begun = monotonic()
+        result = self._store.verify(
+            reference,
+            advanced=lambda count: self._view.advanced(key, read=count, written=0),
+            scope=self._wish.scope,
+        )
+        for warning in result.warnings:
+            contexts.warn(f"{key}: {warning}")
+        found = result.disks[0].damage
+        told = DiskPoint(
+            device=disk.device,
+            file=disk.file,
+            vdi_uuid=disk.vdi_uuid,
+            size=disk.size,
+            method="verify",
+            detail=_verdict(found),
+            bytes_read=found.checked,
+            seconds=round(monotonic() - begun, 3),
+        )
+        self._view.disk_finished(key, told)
+        return found
+
+    # ── telling people ───────────────────────────────────────────────────────────────────────
+
+    def _show(self, key: str, result: Checked) -> None:
+        if result.since is not None:
+            if self._options.verbosity > 0:
+                self._print(f"{key}  left out, found whole {result.since.isoformat()}")
+            return
+        if result.on_record:
+            verdict = f"{_verdict(result.damage)}, but damage is on record; verify all of it"
+        elif result.repaired and not result.damaged:
+            verdict = f"REPAIRED: {_amount(result)}, {_checked(result.damage)}"
+        else:
+            verdict = _verdict(result.left)
+        self._print(f"{key}  {verdict}")
+        self._show_places(result)
+
+    def _show_places(self, result: Checked) -> None:
+        done = "repaired" if result.repaired else "damaged"
+        left = result.repair.left if result.repair.does_something else result.left
+        lines = [f"damaged: bytes {e.start} to {e.stop}" for e in left.extents]
+        lines += [f"{done}: {_place(found, result)}" for found in result.repair.found]
+        if result.repair.entries:
+            what = "were" if result.repaired else "can be"
+            lines.append(f"{result.repair.entries} of its digests had changed, and {what} repaired")
+        for line in lines[:SHOWN]:
+            self._print(f"  {line}")
+        if len(lines) > SHOWN:
+            self._print(f"  and {len(lines) - SHOWN} more places; --json lists them")
+        if result.repair.does_something and not result.repaired:
+            what = "would repair" if self._wish.dry_run else "repairs"
+            self._print(f"  verify --repair {what} {_amount(result)}")
+
+
+def _only(reference: Reference) -> DiskPoint:
+    if reference.disk is None:
+        raise errors.UsageError("name one disk")
+    return reference.disk
+
+
+def _place(found: Found, result: Checked) -> str:
+    where = f"bytes {found.extent.start} to {found.extent.stop}"
+    if found.time == repairs.ZEROS:
+        return f"{where}, which are zeros"
+    return f"{where}, from {found.time}" if result.repaired else f"{where}, whole in {found.time}"
+
+
+def _amount(result: Checked) -> str:
+    """Return how much is repaired, or can be."""
+    parts = [f"{result.repair.blocks} blocks"] if result.repair.blocks else []
+    parts += [f"{result.repair.entries} digests"] if result.repair.entries else []
+    return " and ".join(parts) or "nothing"
+
+
+def _verdict(found: Damage) -> str:
+    if found.problem:
+        return f"DAMAGED: {found.problem}"
+    if found.blocks:
+        return f"DAMAGED: {found.blocks} blocks differ, {_checked(found)}"
+    return f"ok, {_checked(found)}"
+
+
+def _checked(found: Damage) -> str:
+    checked = f"{units.format_size(found.checked)} checked"
+    if found.sampled:
+        return f"{checked}, a sample of {units.format_size(found.sampled_of)}"
+    return checked
+
+
+# ── what is meant ────────────────────────────────────────────────────────────────────────────
+
+
+def _chosen(
+    store: Store, catalogue: Catalogue, points: Sequence[str]
+) -> tuple[list[Reference], list[Unlisted]]:
+    """Return what to verify, and which points meant by ``points`` cannot even be listed."""
+    if not points:
+        histories = listing.matching(catalogue.vms.values(), [])
+        return [Reference(h, point) for h in histories for point in h.points], list(store.unlisted)
+    references: list[Reference] = []
+    unlisted: list[Unlisted] = []
+    for text in points:
+        broken = _unlisted_called(store, catalogue, text)
+        unlisted += broken
+        if not broken:
+            references.append(catalogue.resolve(text))
+    return references, unlisted
+
+
+def _unlisted_called(store: Store, catalogue: Catalogue, text: str) -> list[Unlisted]:
+    """Return the point that ``text`` names, if it is one that is not listed.
+
+    ``latest`` is the newest directory there is: an older point must not pass for it.
+    """
+    vm, _, time = text.rpartition("/")
+    label = {
+        h.uuid: {h.name, h.uuid, *names.spellings(h.name, h.uuid)} for h in catalogue.vms.values()
+    }
+    found = [p for p in store.unlisted if vm in label.get(p.vm_uuid, {p.vm_uuid})]
+    if time != "latest":
+        return [point for point in found if point.time == time]
+    newest = max((point.time for h in catalogue.vms.values() if vm in label[h.uuid]
+                  for point in h.points), default="")  # fmt: skip
+    return [p for p in found if p.time > newest and p.time == max(q.time for q in found)]
+
+
+def _label_of(catalogue: Catalogue, vm_uuid: str) -> str:
+    history = catalogue.vms.get(vm_uuid)
+    return listed.label(catalogue, history) if history else vm_uuid
+
+
+def _unlisted_document(name: str, point: Unlisted) -> dict[str, object]:
+    return {
+        "point": name,
+        "vm_uuid": point.vm_uuid,
+        "time": point.time,
+        "problem": point.why,
+        "disks": [],
+        "failures": [],
+    }
+
+
+def _disk_document(result: Checked) -> dict[str, object]:
+    found, left = result.damage, result.left
+    sources = [[f.extent.start, f.extent.stop, f.time or None] for f in result.repair.found]
+    return {
+        "device": result.disk.device,
+        "damaged": result.damaged,
+        "problem": left.problem,
+        "blocks": left.blocks,
+        "checked": found.checked,
+        "sample_of": found.sampled_of if found.sampled else None,
+        "extents": [[extent.start, extent.stop] for extent in left.extents],
+        "on_record": result.on_record,
+        "left_out_since": result.since.isoformat() if result.since else None,
+        "repairable": [] if result.repaired else sources,
+        "repaired": sources if result.repaired else [],
+        "digests": result.repair.entries,
+    }
