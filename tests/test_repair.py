@@ -15,7 +15,7 @@ from pathlib import Path
 import blake3
 import pytest
 
-from cbtfs import digests, errors, proof, repair as repairs, sparse, store as stores
+from cbtfs import damage, digests, errors, proof, repair as repairs, sparse, store as stores
 from cbtfs.catalogue import Point, Reference
 from cbtfs.damage import Damage
 from cbtfs.extents import Extent
@@ -115,8 +115,11 @@ def rot(root: Path, times: list[str], size: int, *, flips: int, rng: random.Rand
     return Rot(found)
 
 
-def test_a_thousand_flipped_bits_are_found_named_and_repaired(root: Path, store: Store) -> None:
+def test_a_thousand_flipped_bits_are_found_named_and_repaired(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of each block some points have the same, some another; some rot in several points."""
+    monkeypatch.setattr(damage, "KEPT_EXTENTS", max(damage.KEPT_EXTENTS, FLIPS))
     rng = random.Random(int(os.environ.get("CBTFS_SEED", "7")))
     blocks = max(20, FLIPS // 5)
     current = [noise(BLOCK, seed=n) if n % 5 else bytes(BLOCK) for n in range(blocks)]

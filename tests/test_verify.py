@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -278,6 +279,24 @@ def test_changed_digests_can_be_repaired(store: Store, root: Path, cbtfs: Progra
     assert result.out.endswith("verify --repair repairs 1 digests\n")
     assert cbtfs("verify", "--repair").status == 0
     assert cbtfs("verify").status == 0
+
+
+def test_a_point_that_is_removed_meanwhile_does_not_end_the_run(
+    store: Store, root: Path, cbtfs: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(store)
+    commit(store, time=SECOND)
+    whole = Store.verify
+
+    def verify(self: Store, *args: object, **kwargs: object) -> object:
+        shutil.rmtree(root / VM / FIRST, ignore_errors=True)
+        return whole(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "verify", verify)
+    result = cbtfs("verify")
+    assert result.status == 0
+    assert f"web1/{FIRST}/xvda is gone: its restore point was removed meanwhile" in result.err
+    assert result.out == f"web1/{SECOND}/xvda  ok, 2.5 MiB checked\n"
 
 
 def test_progress_is_told_in_json(store: Store, cbtfs: Program) -> None:

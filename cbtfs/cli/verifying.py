@@ -185,10 +185,17 @@ class _Run:
         point = reference.point
         results: list[Checked] = []
         for disk in (reference.disk,) if reference.disk else point.disks:
-            result = self._disk(f"{name}/{disk.device}", Reference(reference.history, point, disk))
+            key = f"{name}/{disk.device}"
+            try:
+                result = self._disk(key, Reference(reference.history, point, disk))
+            except errors.StoreError:
+                if self._store.point_path(point.vm_uuid, point.time).exists():
+                    raise
+                contexts.warn(f"{key} is gone: its restore point was removed meanwhile")
+                continue
             results.append(result)
             self._damaged = self._damaged or result.damaged
-            self._show(f"{name}/{disk.device}", result)
+            self._show(key, result)
         for failure in point.failures:
             self._print(f"{name}/{failure.device}  not in this point: {failure.error}")
         return {
