@@ -28,6 +28,7 @@ from .fresh import Fresh
 from .inventory import TAG_OWNER, Inventory, Owned
 from .nbd import Export, Timeouts
 from .owner import RESTORED, time_of_run
+from .vdis import VDIs
 from .xapi import Session
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,12 @@ class _Vbd(msgspec.Struct, frozen=True):
 
 
 class Pool:
-    """One connected pool."""
+    """One connected pool.
+
+    Attributes:
+        name: of the pool in the configuration.
+        disks: what is done with disks that a restore makes or writes.
+    """
 
     def __init__(self, session: Session, *, options: PoolOptions) -> None:
         self.name = options.name
@@ -97,6 +103,7 @@ class Pool:
         self._exports = Exports(
             session, per_host=options.connections_per_host, timeouts=options.timeouts
         )
+        self.disks = VDIs(session)
         self._inventory = Fresh(self._read_inventory)
         self._latest: Callable[[], Inventory | None] = lambda: None  # kept by whoever needs it
 

@@ -27,10 +27,11 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from . import errors, handlers, tasks, tls, wire
+from . import errors, handlers, tasks, tls, upload, wire
 from .handlers import Beginning, Web
 from .peers import Peers, Trust
 from .tasks import Task
+from .upload import Upload
 from .wire import NoAnswer
 
 __all__ = ["Credentials", "NoAnswer", "Session", "Trust", "open_session"]
@@ -71,6 +72,17 @@ class Credentials:
 
 class _Host(msgspec.Struct, frozen=True):
     address: str = ""
+
+
+@dataclass(slots=True)
+class _Sending:
+    """What a handler is sent; ``begun`` tells whether one may be at work for its task."""
+
+    wanted: Upload
+    begun: bool = False
+
+    def begin(self) -> None:
+        self.begun = True
 
 
 @dataclass(slots=True)
@@ -252,6 +264,55 @@ class Session:
                 if host == self._master:
                     raise
                 raise _translated(exc, host) from exc
+        raise errors.PoolUnreachable(f"{self._master} sends us from host to host; try again later")
+
+    async def upload(self, wanted: Upload, *, label: str) -> str:
+        """Have a handler take a body, and return what came of it: a reference or text.
+
+        If cancelled, the pool has been told to give up.
+
+        Args:
+            wanted: what is to be sent; a ``task_id`` is added.
+            label: what people see in a list of the pool's tasks.
+
+        Raises:
+            XapiFailure: xapi refused, at once or in the end.
+            AuthenticationFailed: login or certificate refused.
+            PoolUnreachable: nobody answers, or no longer.
+            CbtfsError: what the body raises.
+        """
+
+        async def attempt() -> str:  # with a task of its own: a bad session fails the task, too
+            task = await tasks.create(self, label, what=wanted.path)
+            errand = _Sending(replace(wanted, query={**wanted.query, "task_id": task.ref}))
+            try:
+                return await self._sent(errand, task)
+            finally:
+                await (task.abandon() if errand.begun else task.destroy())
+
+        return await self._surviving(attempt, wanted.path)
+
+    async def _sent(self, errand: "_Sending", task: Task) -> str:
+        address = self._master
+        for _ in range(_HOPS):
+            try:
+                context = await self._peers.context(address)
+                host = upload.Host(address, self._peers.port, context, self._ref)
+                async with upload.sent(errand.wanted, host, asked=errand.begin):
+                    return await task.outcome()
+            except handlers.Moved as moved:
+                address, errand.begun = moved.host, False
+            except (NoAnswer, OSError) as exc:
+                if errand.begun and (told := await task.complaint()):
+                    raise told from exc  # the host hung up because it failed
+                if address == self._master and not errand.begun:
+                    raise
+                raise _translated(exc, address) from exc
+            except errors.PoolError as exc:
+                if type(exc) is not errors.PoolError:
+                    raise
+                told = await task.complaint()  # the host ended it, and the task says more than HTTP
+                raise errors.PoolError(str(told or exc)) from exc
         raise errors.PoolUnreachable(f"{self._master} sends us from host to host; try again later")
 
     # ── surviving expiry, redirects and dead hosts ───────────────────────────────────────────────

@@ -56,6 +56,11 @@ KEYS: dict[str, Key] = {
     "http.truncate": Key("size", "", "cut bodies of disk exports after that many bytes"),
     "http.stall": Key("size", "", "bodies of disk exports go silent after that many bytes"),
     "http.flip": Key("size", "", "flip the bits of that byte in bodies of disk exports"),
+    "http.upload_cut": Key("size", "", "a disk's import fails after that many bytes"),
+    "http.upload_stall": Key(
+        "size", "", "a disk's import does not end, and keeps nothing after that many bytes"
+    ),
+    "http.upload_flip": Key("size", "", "flip the bits of that byte in a disk's import"),
     "http.redirect": Key(
         "text", "", "address to which exports and imports of disks are sent, by 302"
     ),

@@ -182,10 +182,11 @@ class Handlers:
         self._redirect(call, vdi)
         call.start()
         with self._attached(call, vdi, write=True) as attachment:
+            source = _Inbox(call.stream, self._pool)
             if "chunked" in request.query:
-                _receive_chunks(call.stream, attachment)
+                _receive_chunks(source, attachment)
             else:
-                _receive_raw(call.stream, attachment, request.length)
+                _receive_raw(source, attachment, request.length)
             attachment.disk.flush()
         return values.xml(vdi)
 
@@ -327,12 +328,42 @@ class _Body:
         self._stream.send(data)
 
 
+class _Inbox:
+    """The body of a disk's import, with what was ordered to be wrong with it."""
+
+    def __init__(self, stream: Stream, pool: SimulatedPool) -> None:
+        self._stream = stream
+        self._pool = pool
+        self._got = 0
+
+    def body(self, length: int) -> bytes:
+        """Return the next ``length`` bytes."""
+        data = bytearray(length)
+        self.into(memoryview(data))
+        return bytes(data)
+
+    def into(self, view: memoryview) -> None:
+        """Fill ``view``, or raise OSError where that was ordered."""
+        self._got += len(view)
+        for key, silent in (("http.upload_cut", False), ("http.upload_stall", True)):
+            limit = self._pool.faults.size(key)
+            if limit is not None and self._got > limit:
+                if silent:
+                    _wait_for_end(self._stream.connection, self._pool.closing)
+                raise OSError("cut by a fault")
+        self._stream.into(view)
+        flip = self._pool.faults.size("http.upload_flip")
+        start = self._got - len(view)
+        if flip is not None and start <= flip < self._got:
+            view[flip - start] ^= 0xFF
+
+
 def _wait_for_end(connection: socket.socket, closing: threading.Event) -> None:
     """Return when the client hangs up, or the pool closes."""
     connection.settimeout(_TICK)
     while not closing.is_set():
         with contextlib.suppress(TimeoutError):
-            if not connection.recv(1):
+            if not connection.recv(_PIECE):
                 return
 
 
@@ -344,14 +375,14 @@ def _send_raw(attachment: Attachment, out: _Body) -> None:
         out.send(piece)
 
 
-def _receive_raw(stream: Stream, attachment: Attachment, length: int | None) -> None:
+def _receive_raw(stream: _Inbox, attachment: Attachment, length: int | None) -> None:
     left = attachment.size if length is None else length
     if left > attachment.size:
         raise SimError("VDI_IO_ERROR", "Device I/O errors")
     _write(stream, attachment, offset=0, length=left)
 
 
-def _receive_chunks(stream: Stream, attachment: Attachment) -> None:
+def _receive_chunks(stream: _Inbox, attachment: Attachment) -> None:
     """Write chunks as they come: offset and length, little-endian, then data; zeros end it."""
     while True:
         offset, length = _CHUNK.unpack(stream.body(_CHUNK.size))
@@ -362,7 +393,7 @@ def _receive_chunks(stream: Stream, attachment: Attachment) -> None:
         _write(stream, attachment, offset=offset, length=length)
 
 
-def _write(stream: Stream, attachment: Attachment, *, offset: int, length: int) -> None:
+def _write(stream: _Inbox, attachment: Attachment, *, offset: int, length: int) -> None:
     buffer = memoryview(bytearray(min(_PIECE, length)))
     for start in range(offset, offset + length, _PIECE):
         piece = buffer[: min(_PIECE, offset + length - start)]

@@ -1,0 +1,227 @@
+"""``restore --to-sr`` and ``--in-place``: points back into a pool, over the real wires."""
+
+import contextlib
+import random
+import signal
+import ssl
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+from cbtfs import owner, units
+
+from .commands import Shell, items, leftovers
+from .smallvm import Small, running_small
+
+pytestmark = pytest.mark.timeout(120)
+
+SIZES = (4 * units.MiB, 2 * units.MiB, 6 * units.MiB)
+BLOCK = units.CBT_BLOCK
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    """A pool with the VM ``v``, whose second disk is empty; what a test makes, it removes."""
+    with running_small(tmp_path_factory.mktemp("pool"), sizes=SIZES) as made:
+        for device in ("xvda", "xvdc"):
+            write(
+                made, device, {offset: random.randbytes(BLOCK) for offset in (0, BLOCK, 5 * BLOCK)}
+            )
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shell(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A store with one point of ``v``."""
+    made = Shell(small.pool, tmp_path_factory.mktemp("stores") / "store")
+    made.sync("v")
+    return made
+
+
+def write(small: Small, device: str, content: dict[int, bytes]) -> None:
+    """Write into a running guest's disk."""
+    guest = small.pool.open_guest("v", device)
+    for offset, data in content.items():
+        guest.pwrite(data, offset)
+    guest.shutdown()
+
+
+def content_of(small: Small, uuid: str) -> bytes:
+    """Return what a VDI holds, as xapi's own export has it."""
+    api = small.api
+    context = ssl.create_default_context(cafile=str(small.pool.ca_file))
+    url = f"{small.pool.host_url(0)}/export_raw_vdi?vdi={uuid}&session_id={api.session}"
+    with urllib.request.urlopen(url, context=context) as answer:
+        data: bytes = answer.read()
+    return data
+
+
+def new_disks(small: Small) -> dict[str, dict[str, object]]:
+    """Return the records of the disks that no VM has, by uuid."""
+    attached = {vbd["VDI"] for vbd in small.api.records("VBD").values()}
+    return {
+        str(vdi["uuid"]): vdi
+        for ref, vdi in small.api.records("VDI").items()
+        if vdi["managed"] and not vdi["is_a_snapshot"] and ref not in attached
+        if vdi["type"] == "user" and "iso" not in str(vdi["name_label"])
+    }
+
+
+def sr_uuid(small: Small, name: str, number: int = 0) -> str:
+    """Return the uuid of an SR of this name."""
+    found = [str(sr["uuid"]) for sr in small.api.records("SR").values() if sr["name_label"] == name]
+    return found[number]
+
+
+def our_tasks(small: Small) -> list[str]:
+    """Return the tasks that cbtfs made for handlers."""
+    tasks = small.api.records("task").items()
+    return [ref for ref, task in tasks if str(task["name_label"]).startswith("cbtfs")]
+
+
+@pytest.fixture(autouse=True)
+def tidy(small: Small) -> Iterator[None]:
+    """Set faults back and remove what a test restored; dom0 must hold nothing, and no task stay."""
+    yield
+    for key in small.pool.faults():
+        small.pool.set(key, "")
+    left, tasks = leftovers(small.pool), our_tasks(small)
+    for uuid in new_disks(small):
+        small.api.call("VDI.destroy", small.api.text("VDI.get_by_uuid", uuid))
+    assert (left.dom0_vbds, tasks) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "sr", [("Shared NFS", 0), ("Local storage", 1), ("ZFS", 0), ("Large blocks", 0)], ids=str
+)
+def test_new_disks_equal_the_point_byte_for_byte(
+    small: Small, shell: Shell, sr: tuple[str, int]
+) -> None:
+    # the second local SR is not seen by the master: it sends us on to the other host
+    told = shell.json("restore", "v/latest", "--to-sr", sr_uuid(small, *sr), "--verify", "full")
+
+    disks = items(told, "disks")
+    assert [disk["device"] for disk in disks] == ["xvda", "xvdb", "xvdc"]
+    assert [disk["bytes_sent"] for disk in disks] == [3 * BLOCK, 0, 3 * BLOCK]
+    assert [disk["verified_bytes"] for disk in disks] == list(SIZES)
+    for disk in disks:
+        uuid = str(disk["vdi_uuid"])
+        assert content_of(small, uuid) == shell.image("v", str(disk["device"])).read_bytes()
+    made = new_disks(small)
+    assert {vdi["name_label"] for vdi in made.values()} == {"v 0", "v 1", "v 2"}
+    for vdi in made.values():
+        assert "cbtfs:owner" not in str(vdi["other_config"])
+        assert "v/2" in str(vdi["name_description"])
+
+
+def test_one_disk_and_a_sample_of_it(small: Small, shell: Shell) -> None:
+    done = shell.run("-q", "restore", "v/latest/xvdc", "--to-sr", "Shared NFS")
+
+    (uuid,) = new_disks(small)
+    assert uuid in done.stdout
+    assert "192 KiB of 6 MiB" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_dry_run_makes_nothing(small: Small, shell: Shell) -> None:
+    told = shell.json("restore", "v/latest", "--to-sr", "Shared NFS", "-n")
+
+    assert [disk["bytes"] for disk in items(told, "disks")] == [3 * BLOCK, 0, 3 * BLOCK]
+    assert new_disks(small) == {}
+
+
+def test_an_sr_is_named_exactly(small: Small, shell: Shell) -> None:
+    two = shell.run("restore", "v/latest", "--to-sr", "Local storage", status=2).stderr
+
+    assert sr_uuid(small, "Local storage", 0) in two
+    assert sr_uuid(small, "Local storage", 1) in two
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("http.upload_cut", "100K", "VDI_IO_ERROR"),
+        ("xapi.fail", "import_raw_vdi:SR_BACKEND_FAILURE_46", "SR_BACKEND_FAILURE_46"),
+        ("xapi.fail", "VDI.create:SR_BACKEND_FAILURE_44", "SR_BACKEND_FAILURE_44"),
+        ("xapi.fail", "VDI.add_to_other_config:INTERNAL_ERROR", "INTERNAL_ERROR"),
+        ("xapi.fail", "VDI.set_name_label:INTERNAL_ERROR", "INTERNAL_ERROR"),
+    ],
+)
+def test_what_fails_leaves_nothing_in_the_pool(
+    small: Small, shell: Shell, key: str, value: str, said: str
+) -> None:
+    small.pool.set(key, value)
+
+    done = shell.run("restore", "v/latest", "--to-sr", "Shared NFS", status=1)
+
+    assert said in done.stderr
+    assert new_disks(small) == {}
+
+
+def test_damage_ends_it_and_leaves_nothing(small: Small, shell: Shell) -> None:
+    image = shell.image("v", "xvdc")
+    original = image.read_bytes()
+    with image.open("r+b") as file:
+        file.seek(5 * BLOCK + 9)
+        file.write(b"damage")
+    try:
+        done = shell.run("restore", "v/latest", "--to-sr", "Shared NFS", status=4)
+    finally:
+        image.write_bytes(original)
+
+    assert f"bytes {5 * BLOCK} to {6 * BLOCK} differ" in done.stderr
+    assert new_disks(small) == {}
+
+
+def test_a_pool_that_keeps_something_else_is_noticed(small: Small, shell: Shell) -> None:
+    small.pool.set("http.upload_flip", "70000")
+
+    done = shell.run(
+        "restore", "v/latest/xvda", "--to-sr", "Shared NFS", "--verify", "full", status=1
+    )
+
+    assert "holds something else" in done.stderr
+    assert new_disks(small) == {}
+
+
+@contextlib.contextmanager
+def stalled(small: Small, shell: Shell) -> Iterator[subprocess.Popen[str]]:
+    """Run a restore that gets stuck after the first bytes of its disks."""
+    small.pool.set("http.upload_stall", "100K")
+    command = shell.command("restore", "v/latest", "--to-sr", "Shared NFS")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=shell.env()) as running:
+        until = time.monotonic() + 60
+        while len(leftovers(small.pool).dom0_vbds) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        yield running
+
+
+def test_an_interrupted_one_destroys_what_it_made(small: Small, shell: Shell) -> None:
+    with stalled(small, shell) as running:
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+
+    assert running.returncode == 130
+    assert "nothing of it is left in the pool" in told
+    assert new_disks(small) == {}
+
+
+def test_a_killed_one_leaves_disks_that_say_whose_they_are(small: Small, shell: Shell) -> None:
+    with stalled(small, shell) as running:
+        running.kill()
+        running.communicate(timeout=60)
+
+    left = new_disks(small)
+    assert len(left) == 3
+    for uuid, vdi in left.items():
+        config = vdi["other_config"]
+        assert isinstance(config, dict)
+        tag = owner.read_owner(config, uuid)
+        assert tag is not None
+        assert (tag.role, tag.pid) == ("restored", running.pid)
+        assert owner.time_of_run(str(vdi["name_label"]))
+    for ref in our_tasks(small):  # they end with the connection; nobody destroys them
+        small.api.call("task.destroy", ref)
