@@ -29,6 +29,7 @@ from .inventory import TAG_OWNER, Inventory, Owned
 from .nbd import Export, Timeouts
 from .owner import RESTORED, time_of_run
 from .vdis import VDIs
+from .vms import VMs
 from .xapi import Session
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class Pool:
     Attributes:
         name: of the pool in the configuration.
         disks: what is done with disks that a restore makes or writes.
+        vms: what is done with VMs that a restore makes.
     """
 
     def __init__(self, session: Session, *, options: PoolOptions) -> None:
@@ -104,6 +106,7 @@ class Pool:
             session, per_host=options.connections_per_host, timeouts=options.timeouts
         )
         self.disks = VDIs(session)
+        self.vms = VMs(session)
         self._inventory = Fresh(self._read_inventory)
         self._latest: Callable[[], Inventory | None] = lambda: None  # kept by whoever needs it
 

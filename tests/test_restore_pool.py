@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,15 @@ def content_of(small: Small, uuid: str) -> bytes:
     with urllib.request.urlopen(url, context=context) as answer:
         data: bytes = answer.read()
     return data
+
+
+def fill(small: Small, vdi: object, data: bytes) -> None:
+    """Write to the beginning of a disk that nobody has attached."""
+    context = ssl.create_default_context(cafile=str(small.pool.ca_file))
+    url = f"{small.pool.host_url(0)}/import_raw_vdi?vdi={vdi}&session_id={small.api.session}"
+    request = urllib.request.Request(url, data=data, method="PUT")
+    with urllib.request.urlopen(request, context=context) as answer:
+        answer.read()
 
 
 def new_disks(small: Small) -> dict[str, dict[str, object]]:
@@ -225,3 +235,141 @@ def test_a_killed_one_leaves_disks_that_say_whose_they_are(small: Small, shell: 
         assert owner.time_of_run(str(vdi["name_label"]))
     for ref in our_tasks(small):  # they end with the connection; nobody destroys them
         small.api.call("task.destroy", ref)
+
+
+# ── --vm-name ────────────────────────────────────────────────────────────────────────────────
+
+HOSTILE = "../../a/b <x>&amp;\n\u202e☃ \"'"
+
+KEPT = (
+    "name_description", "VCPUs_max", "VCPUs_at_startup", "memory_static_max", "memory_static_min",
+    "memory_dynamic_max", "memory_dynamic_min", "platform", "HVM_boot_params", "PV_args", "tags",
+)  # fmt: skip
+
+
+def add_vm(small: Small, name: str, *, disks: int) -> str:
+    """Make a halted VM with disks of odd sizes in no order, two network cards and a CD drive."""
+    api = small.api
+    memory = dict.fromkeys(("memory_static_max", "memory_dynamic_max"), str(3 << 30))
+    record = {
+        "name_label": name,
+        "name_description": "<&> \u202e",
+        "VCPUs_max": "7",
+        "VCPUs_at_startup": "3",
+        "platform": {"viridian": "true", "a<b": "&"},
+        "HVM_boot_params": {"order": "cdn"},
+        "tags": ["gold"],
+        **memory,
+    }
+    vm = api.text("VM.create", record)
+    zfs = api.named("SR", "ZFS")
+    made = replace(small, vm=vm)
+    for number in (3, 0, *(n for n in range(1, 13) if n != 3))[:disks]:
+        made.add_disk(f"{name} {number}", number, size=2 * units.MiB + number * 4096, sr=zfs)
+    network = next(iter(api.records("network")))
+    for device, mac in (("0", "02:00:00:00:00:0a"), ("2", "02:00:00:00:00:0b")):
+        card = {"VM": vm, "network": network, "device": device, "MAC": mac, "MTU": "1400"}
+        api.call("VIF.create", {**card, "other_config": {"ethtool-gso": "off"}})
+    drive: dict[str, object] = {"VM": vm, "VDI": "OpaqueRef:NULL", "userdevice": "20", "type": "CD"}
+    api.call("VBD.create", {**drive, "mode": "RO", "empty": True})
+    return vm
+
+
+def devices_of(small: Small, vm: str, kind: str) -> dict[str, dict[str, object]]:
+    """Return a VM's VBDs or VIFs by device number."""
+    place = "userdevice" if kind == "VBD" else "device"
+    found = [record for record in small.api.records(kind).values() if record["VM"] == vm]
+    return {str(record[place]): record for record in found}
+
+
+def remove_vm(small: Small, vm: str) -> None:
+    """Destroy a VM and its disks."""
+    disks = [v["VDI"] for v in devices_of(small, vm, "VBD").values() if v["type"] == "Disk"]
+    small.api.call("VM.destroy", vm)
+    for vdi in disks:
+        small.api.call("VDI.destroy", vdi)
+
+
+def test_a_vm_with_ten_disks_comes_back_as_it_was(small: Small, shell: Shell) -> None:
+    api = small.api
+    vm = add_vm(small, HOSTILE, disks=10)
+    old, cards = api.call("VM.get_record", vm), devices_of(small, vm, "VIF")
+    drives = devices_of(small, vm, "VBD")
+    assert isinstance(old, dict)
+    for number in (0, 3, 9):
+        fill(small, drives[str(number)]["VDI"], random.randbytes(BLOCK + 512 * number))
+    shell.json("sync", "--vm", str(old["uuid"]))
+    folder = shell.store / str(old["uuid"]) / "latest"
+    remove_vm(small, vm)
+
+    told = shell.json("restore", f"{old['uuid']}/latest", "--to-sr", "ZFS", "--vm-name", "new <&>")
+
+    made = told["vm"]
+    assert isinstance(made, dict)
+    new = api.text("VM.get_by_uuid", made["uuid"])
+    record = api.call("VM.get_record", new)
+    assert isinstance(record, dict)
+    assert record["name_label"] == "new <&>"
+    assert {key: record[key] for key in KEPT} == {key: old[key] for key in KEPT}
+    assert "cbtfs:owner" not in str(record["other_config"])
+    places = devices_of(small, new, "VBD")
+    assert {k: v["type"] for k, v in places.items()} == {k: v["type"] for k, v in drives.items()}
+    for number in range(10):
+        uuid = api.text("VDI.get_uuid", places[str(number)]["VDI"])
+        device = next(str(d["device"]) for d in items(told, "disks") if d["vdi_uuid"] == uuid)
+        assert content_of(small, uuid) == (folder / f"{device}.raw").read_bytes()
+        assert api.text("VDI.get_name_label", places[str(number)]["VDI"]) == f"{HOSTILE} {number}"
+    again = devices_of(small, new, "VIF")
+    for device, card in cards.items():
+        same = ("MAC", "MTU", "network", "other_config", "locking_mode")
+        assert {key: again[device][key] for key in same} == {key: card[key] for key in same}
+    remove_vm(small, new)
+
+
+def test_a_second_vm_gets_other_addresses(small: Small, shell: Shell) -> None:
+    vm = add_vm(small, "twin", disks=1)
+    shell.json("sync", "--vm", "twin")
+
+    done = shell.run("restore", "twin/latest", "--to-sr", "Shared NFS", "--vm-name", "copy")
+
+    assert "network card 0 has a new address" in done.stderr
+    new = small.api.named("VM", "copy")
+    macs = {str(v["MAC"]) for v in devices_of(small, new, "VIF").values()}
+    assert len(macs) == 2
+    assert macs.isdisjoint({"02:00:00:00:00:0a", "02:00:00:00:00:0b"})
+    remove_vm(small, new)
+    remove_vm(small, vm)
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["import_metadata", "VBD.create", "VM.add_to_other_config", "VM.set_name_label"],
+)
+def test_what_fails_of_a_vm_leaves_neither_vm_nor_disks(
+    small: Small, shell: Shell, call: str
+) -> None:
+    vms = set(small.api.records("VM"))
+    small.pool.set("xapi.fail", f"{call}:INTERNAL_ERROR:no")
+    try:
+        wanted = ("--to-sr", "Shared NFS", "--vm-name", "new")
+        done = shell.run("restore", "v/latest", *wanted, status=1)
+    finally:
+        small.pool.set("xapi.fail", "")
+
+    assert "INTERNAL_ERROR" in done.stderr
+    assert set(small.api.records("VM")) == vms
+    if call != "VM.set_name_label":  # whole by then, and given away
+        assert new_disks(small) == {}
+
+
+def test_a_vm_needs_a_whole_point_and_its_metadata(small: Small, shell: Shell) -> None:
+    wanted = ("--to-sr", "Shared NFS", "--vm-name", "new")
+
+    one = shell.run("restore", "v/latest/xvda", *wanted, status=2)
+    xml = shell.image("v", "xvda").parent / "vm.xml"
+    xml.rename(xml.with_name("aside"))
+    none = shell.run("restore", "v/latest", *wanted, status=1)
+    xml.with_name("aside").rename(xml)
+
+    assert "a whole point" in one.stderr
+    assert "has no vm.xml" in none.stderr

@@ -5,13 +5,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cbtfs import errors, newdisks, owner, progress, units
+from cbtfs import errors, newdisks, newvm, owner, progress, units
 from cbtfs.inventory import SR, Inventory
 from cbtfs.newdisks import Goal, Images, NewDisks, Restored
+from cbtfs.newvm import NewVM
+from cbtfs.ovaxml import Metadata
+from cbtfs.pool import Pool
 from cbtfs.store import Store
 
 from . import context as contexts, output, running
 from .context import Globals
+
+_Done = tuple[Sequence[Restored], NewVM | None]
 
 _THEN = "nothing of it is left in the pool; run the command again"
 
@@ -35,9 +40,12 @@ def to_sr(options: Globals, wish: Wish) -> None:
     """Make new disks on an SR, and a VM of them if wanted."""
     with contexts.opened_store(options) as store:
         goal = _goal(store, wish)
-        done = running.run(lambda: _to_sr(options, wish, store, goal), then=_THEN)
+        # before anything is done with the pool: it may not be there
+        metadata = newvm.read(store, goal) if wish.vm_name else None
+        run = _Run(options, wish, store, goal, metadata)
+        done = running.run(run.to_sr, then=_THEN)
     if done is not None:
-        _show(options, goal, done)
+        _show(options, goal, *done)
 
 
 def _goal(store: Store, wish: Wish) -> Goal:
@@ -45,20 +53,43 @@ def _goal(store: Store, wish: Wish) -> Goal:
     return Goal(point, owner.run_name(point.point.time, secrets.token_hex(8)), whole=wish.whole)
 
 
-async def _to_sr(options: Globals, wish: Wish, store: Store, goal: Goal) -> list[Restored] | None:
-    async with newdisks.opened(store, goal) as images, contexts.opened_pool(options) as pool:
-        inventory = await pool.inventory()
-        sr = _find_sr(inventory, wish.to_sr)
-        newdisks.check(sr, images)
-        await pool.check_nbd()
-        if wish.dry_run:
-            _show_plan(options, goal, sr, images)
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One restore into new disks; ``metadata`` are those of the VM that is wanted, if one is."""
+
+    options: Globals
+    wish: Wish
+    store: Store
+    goal: Goal
+    metadata: Metadata | None
+
+    async def to_sr(self) -> _Done | None:
+        """Return what was made; None after a dry run."""
+        opening = newdisks.opened(self.store, self.goal)
+        async with opening as images, contexts.opened_pool(self.options) as pool:
+            sr = _find_sr(await pool.inventory(), self.wish.to_sr)
+            newdisks.check(sr, images)
+            await pool.check_nbd()
+            if self.wish.dry_run:
+                _show_plan(self.options, self.goal, sr, images)
+                return None
+            kind = _kind(self.options, self.wish)
+            with progress.open_progress(kind, sys.stderr) as view:
+                new = NewDisks(pool, self.goal, view)
+                async with new.made(images, sr) as disks:
+                    return disks, await self._use(pool, new, disks)
+
+    async def _use(self, pool: Pool, new: NewDisks, disks: Sequence[Restored]) -> NewVM | None:
+        """Give the disks away, to a new VM if one is wanted."""
+        if self.metadata is None:
+            await new.give_away()
             return None
-        with progress.open_progress(_kind(options, wish), sys.stderr) as view:
-            new = NewDisks(pool, goal, view)
-            async with new.made(images, sr) as disks:
-                await new.give_away()
-                return disks
+        making = newvm.made(pool, self.metadata, disks, self.goal, name=self.wish.vm_name)
+        async with making as (vm, problems):
+            for problem in problems:
+                contexts.warn(problem)
+            await new.give_away()
+            return vm
 
 
 def _find_sr(inventory: Inventory, name_or_uuid: str) -> SR:
@@ -99,14 +130,16 @@ def _show_plan(options: Globals, goal: Goal, sr: SR, images: Images) -> None:
         output.line(output.safe(f"{where}  {sent} of {size} into a new disk on {sr.name}"))
 
 
-def _show(options: Globals, goal: Goal, done: Sequence[Restored]) -> None:
+def _show(options: Globals, goal: Goal, done: Sequence[Restored], vm: NewVM | None) -> None:
     if options.json:
-        output.document(
-            {"vm": None, "disks": [_document(disk) for disk in done], "safety_snapshot": None}
-        )
+        made = {"uuid": vm.uuid, "name": vm.name} if vm is not None else None
+        disks = [_document(disk) for disk in done]
+        output.document({"vm": made, "disks": disks, "safety_snapshot": None})
         return
     for disk in done:
         output.line(output.safe(_line(goal, disk)))
+    if vm is not None:
+        output.line(output.safe(f"{vm.name}  is the new VM {vm.uuid}, halted"))
 
 
 def _line(goal: Goal, done: Restored) -> str:
