@@ -1,6 +1,6 @@
 """Readback: what a pool holds after a restore, compared with the digests of what was sent."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import merge
 from random import Random
@@ -24,8 +24,6 @@ SAMPLE_OF_ZEROS = 16
 CONNECTIONS = 2
 """Connections to each disk that is read back in full."""
 
-_Advanced = Callable[[int, int], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -36,14 +34,17 @@ class Written:
     size: int
 
 
-def _ignore(read: int, written: int) -> None:
-    pass
-
-
 async def compare(
-    pool: Pool, disk: Written, image: Committed, *, whole: bool, advanced: _Advanced = _ignore
+    pool: Pool,
+    disk: Written,
+    image: Committed,
+    *,
+    whole: bool,
+    changed: ChangeBitmap | None = None,
 ) -> int:
     """Read a disk, or a sample of it, and compare it with the digests of ``image``.
+
+    A sample has some of the blocks in ``changed``, too: those that were written.
 
     Returns:
         The bytes compared.
@@ -52,42 +53,50 @@ async def compare(
         PoolError: they differ; or the disk cannot be read.
         ExportError: as the connection says.
     """
-    wanted = await trio.to_thread.run_sync(lambda: list(_wanted(image, disk, whole=whole)))
+    wanted = await trio.to_thread.run_sync(
+        lambda: list(_wanted(image, disk, whole=whole, changed=changed))
+    )
     check = _Check(image, disk.uuid)
     copier = Copier(
         lambda: pool.open_export(disk.ref),
         check,
         connections=CONNECTIONS if whole else 1,
-        advanced=advanced,
+        advanced=lambda read, written: None,
     )
     await copier.copy(wanted)
     return check.compared
 
 
-def _wanted(image: Committed, disk: Written, *, whole: bool) -> Iterator[Extent]:
+def _wanted(
+    image: Committed, disk: Written, *, whole: bool, changed: ChangeBitmap | None
+) -> Iterator[Extent]:
     """Yield what to read: to the end of the last block even if the image ends within it.
 
     xapi-nbd serves whole sectors only, and a disk may be larger than its image: an SR rounds up.
     """
     found: Iterable[Extent] = [Extent(0, image.size)]
     if not whole:
-        found = _sample(image, Random())
+        found = _sample(image, changed, Random())
     end = min(-(-image.size // digests.BLOCK) * digests.BLOCK, disk.size)
     for start, stop in found:
         if start < stop:
             yield Extent(start, end if stop == image.size else stop)
 
 
-def _sample(image: Committed, rng: Random) -> Iterator[Extent]:
+def _sample(image: Committed, changed: ChangeBitmap | None, rng: Random) -> Iterator[Extent]:
     """Yield random blocks, most of them with data."""
     data = ChangeBitmap.of_extents(
         (chunk for piece in image.pieces() for chunk in image.chunks_in(piece)), size=image.size
     )
-    zeros = ChangeBitmap.of_extents(
-        extents.complement(data.extents(), stop=image.size), size=image.size
-    )
-    with_data, without = zeros.sampled(SAMPLE, rng), data.sampled(SAMPLE_OF_ZEROS, rng)
-    return extents.merge(merge(with_data.extents(), without.extents()))
+    samples = [_some_of(data, rng), data.sampled(SAMPLE_OF_ZEROS, rng)]
+    if changed is not None:
+        samples.append(_some_of(changed, rng))
+    return extents.merge(merge(*(sample.extents() for sample in samples)))
+
+
+def _some_of(blocks: ChangeBitmap, rng: Random) -> ChangeBitmap:
+    others = extents.complement(blocks.extents(), stop=blocks.size)
+    return ChangeBitmap.of_extents(others, size=blocks.size).sampled(SAMPLE, rng)
 
 
 class _Check:

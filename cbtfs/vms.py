@@ -4,7 +4,7 @@ As its disks (see ``vdis``), a VM is called as its run is, and tagged, until all
 """
 
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 
 import msgspec
 import trio
@@ -103,6 +103,27 @@ class VMs:
         """Give a VM its name, and take its tag away: from now on it is its user's."""
         await self._session.call("VM.set_name_label", ref, name)
         await self._session.call("VM.remove_from_other_config", ref, TAG_OWNER)
+
+    async def snapshot(
+        self, vm_ref: str, name: str, *, key: str, value: Callable[[str], str]
+    ) -> tuple[str, str]:
+        """Snapshot a VM for its user; return the snapshot's ref and uuid.
+
+        Args:
+            vm_ref: the VM.
+            name: of the snapshot.
+            key: what it is marked with in ``other_config``.
+            value: what that is, of its uuid.
+        """
+        ref = await self._session.call_async("VM.snapshot", vm_ref, name)
+        uuid = await self._session.fetch("VM.get_uuid", ref, type=str)
+        await self.unmark(ref, key)  # the VM may have it, from a snapshot it was reverted to
+        await self._session.call("VM.add_to_other_config", ref, key, value(uuid))
+        return ref, uuid
+
+    async def unmark(self, ref: str, key: str) -> None:
+        """Take ``key`` from the ``other_config`` of a VM, if it is there."""
+        await self._session.call("VM.remove_from_other_config", ref, key)
 
     async def destroy(self, run: str) -> None:
         """Destroy the VM that a run made and has not finished; disks stay.

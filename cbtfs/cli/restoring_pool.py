@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cbtfs import errors, newdisks, newvm, owner, progress, units
+from cbtfs import errors, inplace, newdisks, newvm, owner, progress, units
+from cbtfs.catalogue import DiskPoint
+from cbtfs.inplace import InPlace, Safety
 from cbtfs.inventory import SR, Inventory
 from cbtfs.newdisks import Goal, Images, NewDisks, Restored
 from cbtfs.newvm import NewVM
@@ -19,6 +21,8 @@ from .context import Globals
 _Done = tuple[Sequence[Restored], NewVM | None]
 
 _THEN = "nothing of it is left in the pool; run the command again"
+
+_UNFINISHED = "run the command again to finish it, or go back to the snapshot it took"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,26 @@ class _Run:
                 new = NewDisks(pool, self.goal, view)
                 async with new.made(images, sr) as disks:
                     return disks, await self._use(pool, new, disks)
+
+    async def in_place(self) -> tuple[Sequence[Restored], Safety] | None:
+        """Return what was written, and the snapshot of before; None after a dry run."""
+        opening = newdisks.opened(self.store, self.goal)
+        async with opening as images, contexts.opened_pool(self.options) as pool:
+            inventory = await pool.inventory()
+            vm = inplace.vm_of(inventory, self.goal)
+            await pool.check_nbd()
+            kind = _kind(self.options, self.wish)
+            with progress.open_progress(kind, sys.stderr) as view:
+                run = InPlace(pool, self.store, self.goal, inventory, view)
+                if self.wish.dry_run:
+                    _show_differences(self.options, self.goal, await run.differences(images))
+                    return None
+                safety = await run.safety(vm)
+                what = "is kept from the run before" if safety.reused else "was taken"
+                view.message(f"a snapshot of {vm.name} {what}; to go back: {safety.way_back}")
+                disks = await run.run(images)
+                await run.finish(safety)
+                return disks, safety
 
     async def _use(self, pool: Pool, new: NewDisks, disks: Sequence[Restored]) -> NewVM | None:
         """Give the disks away, to a new VM if one is wanted."""
@@ -167,4 +191,33 @@ def _document(done: Restored) -> dict[str, object]:
 
 def in_place(options: Globals, wish: Wish) -> None:
     """Write what differs over the disks that the point is of."""
-    raise errors.UsageError("restore --in-place is not in this version of cbtfs")
+    with contexts.opened_store(options) as store:
+        goal = _goal(store, wish)
+        run = _Run(options, wish, store, goal, None)
+        done = running.run(run.in_place, then=_UNFINISHED)
+    if done is None:
+        return
+    disks, safety = done
+    if options.json:
+        told = [_document(disk) for disk in disks]
+        output.document({"vm": None, "disks": told, "safety_snapshot": safety.uuid})
+        return
+    for disk in disks:
+        output.line(output.safe(_line(goal, disk)))
+    output.line(f"to go back to what was there before: {safety.way_back}")
+
+
+def _show_differences(
+    options: Globals, goal: Goal, found: Sequence[tuple[DiskPoint, int, str]]
+) -> None:
+    if options.json:
+        disks = [
+            {"device": disk.device, "size": disk.size, "bytes": count, "compared": how}
+            for disk, count, how in found
+        ]
+        output.document({"dry_run": True, "point": goal.label, "disks": disks})
+        return
+    for disk, count, how in found:
+        differs, size = units.format_size(count), units.format_size(disk.size)
+        where = f"{goal.label}/{disk.device}"
+        output.line(output.safe(f"{where}  {differs} of {size} to be written; compared: {how}"))
