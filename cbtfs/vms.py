@@ -68,15 +68,18 @@ class VMs:
         refs = _REF.findall(told)
         if len(refs) != 1:
             raise errors.PoolError(f"the pool made {len(refs)} VMs of the metadata of one")
-        with trio.fail_after(_TAGGING) as scope:
-            scope.shield = True  # what has no tag is never cleaned up
-            record = await self._session.fetch("VM.get_record", refs[0], type=_Record)
-            mine = msgspec.structs.replace(tag, self_uuid=record.uuid, role=ROLE)
-            value = owner.write_owner(mine)
-            if TAG_OWNER in record.other_config:  # another VM's, which the point is of
-                await self._session.call("VM.remove_from_other_config", refs[0], TAG_OWNER)
-            await self._session.call("VM.add_to_other_config", refs[0], TAG_OWNER, value)
-        return refs[0], record.uuid
+        with trio.move_on_after(_TAGGING, shield=True):  # what has no tag is never cleaned up
+            return refs[0], await self._tag(refs[0], tag)
+        raise errors.PoolError("the pool took too long to tag a VM")
+
+    async def _tag(self, ref: str, tag: Owned) -> str:
+        """Write our tag on a VM, and return its uuid."""
+        record = await self._session.fetch("VM.get_record", ref, type=_Record)
+        mine = msgspec.structs.replace(tag, self_uuid=record.uuid, role=ROLE)
+        if TAG_OWNER in record.other_config:  # another VM's, which the point is of
+            await self._session.call("VM.remove_from_other_config", ref, TAG_OWNER)
+        await self._session.call("VM.add_to_other_config", ref, TAG_OWNER, owner.write_owner(mine))
+        return record.uuid
 
     async def attach(self, vm_ref: str, vdi_ref: str, fields: Mapping[str, object]) -> None:
         """Give a halted VM a disk; ``fields`` are those of ``VBD.create``."""

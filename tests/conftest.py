@@ -22,6 +22,7 @@ LONG = {
     "test_history",
     "test_kill_matrix",
     "test_mount_faults",
+    "test_restore_pool",
     "test_sync",
     "test_sync_many",
 }
