@@ -28,11 +28,12 @@ from .catalogue import DiskPoint, Reference
 from .chunks import Chunks
 from .committed import Committed
 from .inventory import SR, Owned
+from .owner import RESTORED
 from .pool import Pool
 from .progress import Progress
 from .readback import Written
 from .store import Store
-from .vdis import ROLE, NewDisk
+from .vdis import NewDisk
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Goal:
         this = process.this_process()
         return Owned(
             self_uuid="",
-            role=ROLE,
+            role=RESTORED,
             point=self.point.point.time,
             host=this.host,
             pid=this.pid,

@@ -14,14 +14,11 @@ import trio
 
 from . import errors, owner
 from .chunks import Chunks
-from .owner import TAG_OWNER, Owned
+from .owner import RESTORED, TAG_OWNER, Owned
 from .upload import Upload
 from .xapi import Session
 
 logger = logging.getLogger(__name__)
-
-ROLE = "restored"
-"""Role in the tag of a disk, or a VM, that is not whole yet."""
 
 IN_USE_PAUSES = (0.2, 1, 2, 3, 4, 5, 7, 10, 13)
 """Seconds between the attempts to destroy a disk that a handler still has attached."""
@@ -92,7 +89,7 @@ class VDIs:
             with trio.fail_after(_TAGGING) as scope:
                 scope.shield = True
                 record = await self._session.fetch("VDI.get_record", ref, type=_Record)
-                tag = msgspec.structs.replace(disk.owner, self_uuid=record.uuid, role=ROLE)
+                tag = msgspec.structs.replace(disk.owner, self_uuid=record.uuid, role=RESTORED)
                 value = owner.write_owner(tag)
                 await self._session.call("VDI.add_to_other_config", ref, TAG_OWNER, value)
         except BaseException as exc:
@@ -120,7 +117,7 @@ class VDIs:
             if record is None:
                 return
             tag = owner.read_owner(record.other_config, record.uuid)
-            if tag is None or tag.role != ROLE or record.is_a_snapshot:
+            if tag is None or tag.role != RESTORED or record.is_a_snapshot:
                 raise errors.PoolError(
                     f"VDI {record.uuid} ({record.name_label!r}) is left alone: it is no disk that"
                     " cbtfs has yet to finish"

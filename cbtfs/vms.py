@@ -10,9 +10,8 @@ import msgspec
 import trio
 
 from . import errors, owner
-from .owner import TAG_OWNER, Owned
+from .owner import RESTORED, TAG_OWNER, Owned
 from .upload import Upload
-from .vdis import ROLE
 from .xapi import Session
 
 _REF = re.compile(r"OpaqueRef:[0-9A-Za-z-]+")
@@ -75,7 +74,7 @@ class VMs:
     async def _tag(self, ref: str, tag: Owned) -> str:
         """Write our tag on a VM, and return its uuid."""
         record = await self._session.fetch("VM.get_record", ref, type=_Record)
-        mine = msgspec.structs.replace(tag, self_uuid=record.uuid, role=ROLE)
+        mine = msgspec.structs.replace(tag, self_uuid=record.uuid, role=RESTORED)
         if TAG_OWNER in record.other_config:  # another VM's, which the point is of
             await self._session.call("VM.remove_from_other_config", ref, TAG_OWNER)
         await self._session.call("VM.add_to_other_config", ref, TAG_OWNER, owner.write_owner(mine))

@@ -222,7 +222,7 @@ def test_an_interrupted_one_destroys_what_it_made(small: Small, shell: Shell) ->
     assert new_disks(small) == {}
 
 
-def test_a_killed_one_leaves_disks_that_say_whose_they_are(small: Small, shell: Shell) -> None:
+def test_a_killed_one_leaves_disks_that_clean_removes(small: Small, shell: Shell) -> None:
     with stalled(small, shell) as running:
         running.kill()
         running.communicate(timeout=60)
@@ -236,8 +236,8 @@ def test_a_killed_one_leaves_disks_that_say_whose_they_are(small: Small, shell: 
         assert tag is not None
         assert (tag.role, tag.pid) == ("restored", running.pid)
         assert owner.time_of_run(str(vdi["name_label"]))
-    for ref in our_tasks(small):  # they end with the connection; nobody destroys them
-        small.api.call("task.destroy", ref)
+    shell.run("clean")
+    assert new_disks(small) == {}
 
 
 @pytest.mark.reflink
