@@ -13,20 +13,31 @@ from cbtfs import image
 
 from .simulated import RunningPool, running_pool
 
-LONG = {
-    "test_cancelled",
-    "test_draft",
-    "test_faults",
-    "test_follow",
-    "test_follow_many",
-    "test_history",
-    "test_kill_matrix",
-    "test_mount_faults",
-    "test_restore_pool",
-    "test_sync",
-    "test_sync_many",
+PARTS = {
+    "long": {
+        "test_budget",
+        "test_clean",
+        "test_distrust",
+        "test_events",
+        "test_faults",
+        "test_follow",
+        "test_follow_many",
+        "test_mount_faults",
+        "test_restore_pool",
+    },
+    "deep": {
+        "test_cancelled",
+        "test_draft",
+        "test_history",
+        "test_kill_matrix",
+        "test_killed",
+        "test_killpoints",
+        "test_sync",
+        "test_sync_many",
+    },
 }
-"""Modules whose tests mostly wait for processes: contrib/test runs them beside all others."""
+"""Modules whose tests mostly wait for something, and those that try one thing in many ways: each part
+takes about as long as all others together, and contrib/test runs the three beside each other."""
 
 pytest.register_assert_rewrite(
     "tests.history_sync", "tests.history_world", "tests.killmatrix", "tests.faulted"
@@ -34,10 +45,11 @@ pytest.register_assert_rewrite(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is in ``LONG``."""
+    """Mark what is in ``PARTS``."""
     for item in items:
-        if item.path.stem in LONG:
-            item.add_marker(pytest.mark.long)
+        for part, modules in PARTS.items():
+            if item.path.stem in modules:
+                item.add_marker(getattr(pytest.mark, part))
 
 
 @pytest.fixture(scope="module")
