@@ -36,8 +36,8 @@ PARTS = {
         "test_sync_many",
     },
 }
-"""Modules whose tests mostly wait for something, and those that try one thing in many ways: each part
-takes about as long as all others together, and contrib/test runs the three beside each other."""
+"""Modules whose tests mostly wait for something, and those that try one thing in many ways: each
+part takes about as long as all others together, and contrib/test runs the three side by side."""
 
 pytest.register_assert_rewrite(
     "tests.history_sync", "tests.history_world", "tests.killmatrix", "tests.faulted"
