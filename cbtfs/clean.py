@@ -226,6 +226,7 @@ class _Cleaner:
                 Kind.DATA: pool.data_destroy,
                 Kind.VDI: pool.destroy_vdi,
                 Kind.BASE: pool.destroy_vdi,
+                Kind.NEW_VM: pool.destroy_unfinished_vm,
                 Kind.DISK: pool.destroy_unfinished_disk,
             }
             await how[thing.kind](thing.ref)

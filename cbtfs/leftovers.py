@@ -43,6 +43,7 @@ class Kind(StrEnum):
     DATA = "data of a base"
     VDI = "snapshot"
     BASE = "base"
+    NEW_VM = "unfinished VM"
     DISK = "unfinished disk"
     REMOVED = "removed point"
 
@@ -223,6 +224,7 @@ class _Decision:
         self._judge = judge
         self._wish = wish
         self._kept: set[tuple[str, str]] = set()  # partial points that stay
+        self._new_vms: set[str] = set()  # half restored, and to go
         self._at_work: set[tuple[str, str]] = set()  # among them those that somebody may work on
         folders = shelf.folders.values() if shelf else ()
         self._needed = {uuid for folder in folders for uuid in folder.bases}
@@ -292,12 +294,22 @@ class _Decision:
 
     def take_vm(self, vm: VM) -> None:
         tag = _tag(vm)
+        if tag is not None and tag.role == RESTORED and not vm.is_a_snapshot:
+            self._take_new_vm(vm, tag)
         if tag is None or tag.role != BASE or not vm.is_a_snapshot or self._is_kept(tag):
             return
         thing = Thing(Kind.VM, vm.uuid, "", vm.ref, tag.vm)
         why = f"taken for {self._label(tag)}/{tag.point} by {_dead(tag)}"
         reprieve = self._foreign(tag) or self._unknown(vm, tag) or self._judge.reprieve(tag)
         self._sort(thing, reprieve, why)
+
+    def _take_new_vm(self, vm: VM, tag: Owned) -> None:
+        reprieve = self._judge.reprieve(tag)
+        if not reprieve and vm.power_state != "Halted":
+            reprieve = "not finished, but started"
+        thing = Thing(Kind.NEW_VM, vm.uuid, "", vm.ref)
+        if self._sort(thing, reprieve, f"{vm.name!r}, half restored by {_dead(tag)}"):
+            self._new_vms.add(vm.ref)
 
     def take_vdi(self, vdi: VDI) -> None:
         tag = _tag(vdi)
@@ -315,7 +327,7 @@ class _Decision:
 
     def _take_unfinished(self, vdi: VDI, tag: Owned) -> None:
         reprieve = self._judge.reprieve(tag)
-        if not reprieve and any(not self._is_of_dom0(ref) for ref in vdi.vbd_refs):
+        if not reprieve and any(self._is_of_user(ref) for ref in vdi.vbd_refs):
             reprieve = "not finished, but attached to a VM"
         thing = Thing(Kind.DISK, vdi.uuid, "", vdi.ref)
         self._sort(thing, reprieve, f"{vdi.name!r}, half restored by {_dead(tag)}")
@@ -387,6 +399,12 @@ class _Decision:
 
     def _vbd(self, ref: str) -> VBD | None:
         return self._inventory.vbds.get(ref) if self._inventory else None
+
+    def _is_of_user(self, vbd_ref: str) -> bool:
+        """Tell whether a VBD is of a VM that is neither a control domain nor to go."""
+        vbd = self._vbd(vbd_ref)
+        is_going = vbd is not None and vbd.vm_ref in self._new_vms
+        return not is_going and not self._is_of_dom0(vbd_ref)
 
     def _is_of_dom0(self, vbd_ref: str) -> bool:
         vbd = self._vbd(vbd_ref)

@@ -321,6 +321,23 @@ class Pool:
         if await self._ours("VDI", vdi_ref):
             await self._while_in_use("VDI.destroy", vdi_ref, busy=vdi_ref)
 
+    async def destroy_unfinished_vm(self, vm_ref: str) -> None:
+        """Destroy a VM that a restore made and has not finished; its disks stay.
+
+        Raises:
+            PoolError: it is not ours, it is finished, or the pool refused.
+        """
+        record = await self._record("VM", vm_ref)
+        if record is None:
+            return
+        owner = inventory.read_owner(record.other_config, record.uuid)
+        if owner is None or owner.role != RESTORED or record.is_a_snapshot:
+            raise errors.PoolError(
+                f"VM {record.uuid} ({record.name_label!r}) is left alone: it is none that cbtfs"
+                " has yet to finish"
+            )
+        await self._session.call_async("VM.destroy", vm_ref)
+
     async def destroy_unfinished_disk(self, vdi_ref: str) -> None:
         """Destroy a disk that a restore made and has not finished.
 

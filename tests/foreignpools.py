@@ -121,8 +121,9 @@ class Fantasy:
         assert read_owner(config, uuid) is None
         vdi = self._snapshot(uuid, config) if self.rng.random() < 0.7 else self._disk(config, uuid)
         self._attach(vdi, "RO")
+        of_vm = self.rng.random() < 0.5
         self._add_vm(
-            VM(ref=self._ref(), uuid=self._uuid(), is_a_snapshot=True, other_config=config)
+            VM(ref=self._ref(), uuid=self._uuid(), is_a_snapshot=of_vm, other_config=config)
         )
 
     def _with_a_broken_tag(self) -> None:
@@ -160,10 +161,24 @@ class Fantasy:
             self._snapshot(uuid, config)  # nothing ever makes such a thing
             return
         vdi = self._disk(config, uuid)
-        if self.rng.random() < 0.3:
+        way = self.rng.random()
+        if way < 0.3:
             self._attach(vdi, "RW", vm=self._live_vm().ref)
+        elif way < 0.6:
+            self._half_a_vm(vdi, owner)
         elif self._is_dead(owner):
             self.doomed.add(vdi.ref)
+
+    def _half_a_vm(self, vdi: VDI, owner: Owned) -> None:
+        """Attach an unfinished disk to a VM that is not finished either."""
+        uuid = self._uuid()
+        state = self.rng.choice(["Halted", "Running"])
+        config = self._tag(uuid, owner, role="restored")
+        vm = VM(ref=self._ref(), uuid=uuid, power_state=state, other_config=config)
+        self._add_vm(vm)
+        self._attach(vdi, "RW", vm=vm.ref)
+        if state == "Halted" and self._is_dead(owner):
+            self.doomed |= {vm.ref, vdi.ref}
 
     def _task(self) -> None:
         owner = self._owner()

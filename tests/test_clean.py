@@ -156,16 +156,25 @@ class Bystander:
         rest = {"sharable": False, "read_only": False, "other_config": none}
         return self.api.text("VDI.create", {**record, **rest})
 
+    def half_a_vm(self) -> tuple[str, str, str]:
+        """Make a VM that is not finished, with a disk that is not either; return their refs."""
+        vm = self.api.text("VM.create", {"name_label": "half", "name_description": ""})
+        disk = self.tag("VDI", self.disk(), role="restored")
+        return self.tag("VM", vm, role="restored"), disk, self.attach(disk, vm, mode="RW")
+
     def stick(self, vdi: str) -> str:
         """Attach a VDI to a control domain."""
         dom0 = next(r for r, vm in self.api.records("VM").items() if vm["is_control_domain"])
-        none: dict[str, object] = {}
-        record = {"VM": dom0, "VDI": vdi, "userdevice": "autodetect", "mode": "RO", "type": "Disk"}
-        rest = {"bootable": False, "empty": False, "other_config": none, "unpluggable": True}
-        qos = {"qos_algorithm_type": "", "qos_algorithm_params": none}
-        vbd = self.api.text("VBD.create", {**record, **rest, **qos})
+        vbd = self.attach(vdi, dom0, mode="RO")
         self.api.call("VBD.plug", vbd)
         return vbd
+
+    def attach(self, vdi: str, vm: str, *, mode: str) -> str:
+        none: dict[str, object] = {}
+        record = {"VM": vm, "VDI": vdi, "userdevice": "autodetect", "mode": mode, "type": "Disk"}
+        rest = {"bootable": False, "empty": False, "other_config": none, "unpluggable": True}
+        qos = {"qos_algorithm_type": "", "qos_algorithm_params": none}
+        return self.api.text("VBD.create", {**record, **rest, **qos})
 
     def everything(self) -> dict[str, set[str]]:
         kinds = ("VM", "VDI", "VBD", "task")
@@ -201,6 +210,7 @@ def test_only_what_is_tagged_as_ours_and_dead_goes(bystander: Bystander, shell: 
                                   starttime=starttime()))  # fmt: skip
     api.text("task.create", "cbtfs: somebody else's", "")
 
+    half = bystander.half_a_vm()
     ours = {
         "VDI": {
             bystander.tag("VDI", bystander.snapshot()),
@@ -210,10 +220,10 @@ def test_only_what_is_tagged_as_ours_and_dead_goes(bystander: Bystander, shell: 
         },
         "task": {api.text("task.create", "cbtfs: ours", text(
             {"self_uuid": "", "role": "task", "host": socket.gethostname()}))},
-        "VM": set[str](),
+        "VM": {half[0]},
+        "VBD": {half[2], bystander.stick(bystander.tag("VDI", stuck := bystander.snapshot()))},
     }  # fmt: skip
-    ours["VBD"] = {bystander.stick(bystander.tag("VDI", stuck := bystander.snapshot()))}
-    ours["VDI"].add(stuck)
+    ours["VDI"] |= {stuck, half[1]}
     known = bystander.everything()
     dry = shell.json("clean", "-n")
     assert known == bystander.everything()
@@ -224,7 +234,7 @@ def test_only_what_is_tagged_as_ours_and_dead_goes(bystander: Bystander, shell: 
         assert known[kind] - refs == ours[kind], kind
     in_order = [[str(thing) for thing in items(one, "removed")] for one in (dry, told)]
     assert sorted(in_order[0]) == sorted(in_order[1])
-    assert [len(items(told, key)) for key in ("removed", "failed")] == [6, 0]
+    assert [len(items(told, key)) for key in ("removed", "failed")] == [8, 0]
     reasons = " ".join(str(thing["why"]) for thing in items(told, "left"))
     for part in ("--host elsewhere", "of another store, another", f"process {os.getpid()} is at"):
         assert part in reasons, reasons

@@ -271,9 +271,14 @@ async def test_what_clean_removes_is_ours_by_what_the_pool_says_then(
         await pool.tag("VDI", live.ref, OWNER)
         with pytest.raises(errors.PoolError, match="left alone"):
             await pool.destroy_unfinished_disk(live.ref)
+        web1 = found.vbds[vbd].vm_ref
+        for vm in (web1, next(ref for ref, vm in found.vms.items() if vm.is_a_snapshot)):
+            with pytest.raises(errors.PoolError, match="left alone"):
+                await pool.destroy_unfinished_vm(vm)
         api.call("VDI.remove_from_other_config", live.ref, TAG_OWNER)
         for remove, ref in (
             (pool.destroy_unfinished_disk, live.ref),
+            (pool.destroy_unfinished_vm, web1),
             (pool.detach, vbd),
             (pool.remove_task, theirs),
         ):
