@@ -10,7 +10,7 @@ import httpx
 import msgspec
 import trio
 
-from . import errors, peers, tls, wire
+from . import errors, peers, wire
 from .units import MiB
 from .wire import NoAnswer
 
@@ -310,16 +310,6 @@ async def _each(response: httpx.Response, take: Callable[[bytes], bool]) -> bool
 
 
 def _no_answer(exc: httpx.TransportError, host: str) -> Exception:
-    cause: BaseException | None = exc
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return errors.AuthenticationFailed(
-                f"{host} no longer shows the certificate it showed before "
-                f"({cause.verify_message}); run the command again, and compare its fingerprint if "
-                "that fails too"
-            )
-        if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
-            return NoAnswer(tls.explain(cause), sent=True)
-        cause = cause.__cause__ or cause.__context__
     silent = isinstance(exc, httpx.TimeoutException)
-    return NoAnswer("it is silent" if silent else str(exc) or type(exc).__name__, sent=True)
+    why = "it is silent" if silent else str(exc) or type(exc).__name__
+    return wire.cause_of(exc, host) or NoAnswer(why, sent=True)

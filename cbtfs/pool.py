@@ -327,16 +327,8 @@ class Pool:
         Raises:
             PoolError: it is not ours, it is finished, or the pool refused.
         """
-        record = await self._record("VM", vm_ref)
-        if record is None:
-            return
-        owner = inventory.read_owner(record.other_config, record.uuid)
-        if owner is None or owner.role != RESTORED or record.is_a_snapshot:
-            raise errors.PoolError(
-                f"VM {record.uuid} ({record.name_label!r}) is left alone: it is none that cbtfs"
-                " has yet to finish"
-            )
-        await self._session.call_async("VM.destroy", vm_ref)
+        if await self._is_unfinished("VM", vm_ref):
+            await self._session.call_async("VM.destroy", vm_ref)
 
     async def destroy_unfinished_disk(self, vdi_ref: str) -> None:
         """Destroy a disk that a restore made and has not finished.
@@ -344,16 +336,25 @@ class Pool:
         Raises:
             PoolError: it is not ours, it is finished, or it stays in use.
         """
-        record = await self._record("VDI", vdi_ref)
+        if await self._is_unfinished("VDI", vdi_ref):
+            await self._while_in_use("VDI.destroy", vdi_ref, busy=vdi_ref)
+
+    async def _is_unfinished(self, class_name: str, ref: str) -> bool:
+        """Tell whether there is such a VM or disk still.
+
+        Raises:
+            PoolError: it is not ours, or it is finished.
+        """
+        record = await self._record(class_name, ref)
         if record is None:
-            return
+            return False
         owner = inventory.read_owner(record.other_config, record.uuid)
         if owner is None or owner.role != RESTORED or record.is_a_snapshot:
             raise errors.PoolError(
-                f"VDI {record.uuid} ({record.name_label!r}) is left alone: it is no disk that "
-                "cbtfs has yet to finish"
+                f"{class_name} {record.uuid} ({record.name_label!r}) is left alone: it is none that"
+                " cbtfs has yet to finish"
             )
-        await self._while_in_use("VDI.destroy", vdi_ref, busy=vdi_ref)
+        return True
 
     async def tasks(self) -> dict[str, tasks.Record]:
         """Return the tasks that cbtfs made for the pool's handlers, by reference."""

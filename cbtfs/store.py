@@ -493,7 +493,7 @@ class Store:
         Raises:
             StoreError: the point is gone, or cannot be opened.
         """
-        with self._vm(reference.history.uuid) as vm, vm.folder(reference.point.time) as folder:
+        with self.opened_point(reference.history.uuid, reference.point.time) as folder:
             yield ImageFiles(folder, disk.file, disk.digests)
 
     def record_check(self, point: Folder, device: str, found: Damage) -> list[str]:

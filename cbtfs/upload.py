@@ -14,7 +14,7 @@ from urllib.parse import urlencode, urlsplit
 
 import trio
 
-from . import errors, peers, tls, wire
+from . import errors, peers, wire
 from .handlers import Moved
 from .wire import NoAnswer
 
@@ -179,19 +179,4 @@ def _translated(host: str) -> Generator[None]:
     except trio.TooSlowError as exc:
         raise NoAnswer("it is silent", sent=True) from exc
     except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-        raise _no_answer(exc, host) from exc
-
-
-def _no_answer(exc: BaseException, host: str) -> Exception:
-    cause: BaseException | None = exc
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return errors.AuthenticationFailed(
-                f"{host} no longer shows the certificate it showed before "
-                f"({cause.verify_message}); run the command again, and compare its fingerprint if "
-                "that fails too"
-            )
-        if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
-            return NoAnswer(tls.explain(cause), sent=True)
-        cause = cause.__cause__ or cause.__context__
-    return NoAnswer("it hung up", sent=True)
+        raise wire.cause_of(exc, host) or NoAnswer("it hung up", sent=True) from exc

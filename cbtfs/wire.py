@@ -63,6 +63,22 @@ class NoAnswer(Exception):
         super().__init__(why)
 
 
+def cause_of(exc: BaseException, host: str) -> Exception | None:
+    """Return what an error of a connection to ``host`` means; None if it does not say."""
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return errors.AuthenticationFailed(
+                f"{host} no longer shows the certificate it showed before "
+                f"({cause.verify_message}); run the command again, and compare its fingerprint if "
+                "that fails too"
+            )
+        if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
+            return NoAnswer(tls.explain(cause), sent=True)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 class _Transport(xmlrpc.client.SafeTransport):
     """HTTPS with our TLS context and a time limit, over a single connection."""
 

@@ -179,7 +179,7 @@ def test_a_live_disk_is_given_only_as_asked(top: Path) -> None:
 
 @pytest.mark.fuse
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("length", [512, 4096, 10_000])
+@pytest.mark.parametrize("length", [512, 10_000])
 def test_pieces_read_in_any_order_are_the_disk(user: User, tmp_path: Path, length: int) -> None:
     with user.mounted() as first:
         whole = (first / SNAPSHOT).read_bytes()
@@ -187,6 +187,6 @@ def test_pieces_read_in_any_order_are_the_disk(user: User, tmp_path: Path, lengt
         size = min(len(whole), 8 << 20)
         places = list(range(0, size, length))
         random.Random(length).shuffle(places)
-        for at in places[:3000]:
+        for at in places[:1500]:
             stop = min(at + length, size)
             assert os.pread(disk.fileno(), stop - at, at) == whole[at:stop]

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cbtfs import errors, store as stores
+from cbtfs import errors, store as stores, verified
 from cbtfs.catalogue import DiskPoint, Point
 from cbtfs.image import Image
 from cbtfs.journal import DiskJournal
@@ -235,7 +235,7 @@ def test_an_interrupted_point_is_completed(store: Store, root: Path) -> None:
 
     check(store, FIRST, CONTENT)
     names = {path.name for path in (root / VM / FIRST).iterdir()}
-    assert names == {"point.json", "vm.xml", "xvda.raw", "xvda.b3"}
+    assert names == {"point.json", "vm.xml", "xvda.raw", "xvda.b3", verified.RECORD}
     assert store.leftovers(VM) == []
 
 

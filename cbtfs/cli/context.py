@@ -12,7 +12,7 @@ from typing import TypeVar
 import typer
 
 from cbtfs import config, errors, pool, progress, store as stores
-from cbtfs.catalogue import Catalogue
+from cbtfs.catalogue import Catalogue, Reference
 from cbtfs.config import Config
 from cbtfs.pool import Pool
 from cbtfs.store import Store
@@ -139,3 +139,22 @@ def catalogue_of(store: Store | None) -> Catalogue:
     for problem in store.problems:
         warn(problem)
     return found
+
+
+def point_of(store: Store, text: str) -> Reference:
+    """Return what ``text`` names, to be used instead of what was lost.
+
+    Raises:
+        NotFound, UsageError: see ``Catalogue.resolve``.
+        ImageDamaged: it is ``latest``, and a newer point is damaged: an older one must not pass for
+            that.
+    """
+    reference = catalogue_of(store).resolve(text)
+    history, found = reference.history, reference.point.time
+    newer = [p for p in store.unlisted if p.vm_uuid == history.uuid and p.time > found]
+    if newer and found not in text and "/latest" in text:
+        raise errors.ImageDamaged(
+            f"{text} would be {history.name}/{found}, but {newer[-1].time} is newer and damaged:"
+            f" {newer[-1].why}; name the point that you want by its time"
+        )
+    return reference

@@ -34,7 +34,7 @@ def open_point(
     options = contexts.of(context)
     opened.check_root("open")
     with contexts.opened_store(options) as store:
-        reference = contexts.catalogue_of(store).resolve(point)
+        reference = contexts.point_of(store, point)
         _check_outside(Path(directory), store)
         for device in sorted(store.damaged(reference.history.uuid, reference.point.time)):
             if reference.disk is None or reference.disk.device == device:

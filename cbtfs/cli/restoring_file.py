@@ -77,15 +77,14 @@ def restore(  # noqa: PLR0913  # one parameter per option
     """Write the disk that ``point`` names into ``target``; all its disks, into a directory."""
     target = _resolved(target)
     with contexts.opened_store(options) as store:
-        reference = contexts.catalogue_of(store).resolve(point)
-        _refuse_older(store, reference, point)
+        reference = contexts.point_of(store, point)
         tasks = _tasks(store, reference, target, Wish(forced=force, whole=whole))
         for failure in () if reference.disk else reference.point.failures:
             contexts.warn(f"{point}/{failure.device} is not in this point: {failure.error}")
         if dry_run:
             documents = [_planned(options, store, task) for task in tasks]
         else:
-            kind = _progress_kind(options, as_json=json_progress)
+            kind = contexts.progress_kind(options, as_json=json_progress)
             documents = running.run(lambda: _restore(options, store, tasks, kind), then=_GOES_ON)
         failed = sum("error" in document for document in documents)
     if options.json and target.is_dir():
@@ -95,25 +94,6 @@ def restore(  # noqa: PLR0913  # one parameter per option
         output.document(documents[0])
     if failed:
         raise typer.Exit(outcomes.PARTIAL)
-
-
-def _refuse_older(store: Store, reference: Reference, text: str) -> None:
-    """Refuse ``latest`` if a newer point is damaged: an older one must not pass for it.
-
-    Raises:
-        ImageDamaged: that is so.
-    """
-    found = reference.point.time
-    newer = [
-        point
-        for point in store.unlisted
-        if point.vm_uuid == reference.history.uuid and point.time > found
-    ]
-    if newer and found not in text and "/latest" in text:
-        raise errors.ImageDamaged(
-            f"{text} would be {reference.history.name}/{found}, but {newer[-1].time} is newer and"
-            f" damaged: {newer[-1].why}; name the point that you want by its time"
-        )
 
 
 def _resolved(target: Path) -> Path:
@@ -193,12 +173,6 @@ def _planned(options: Globals, store: Store, task: _Task) -> dict[str, object]:
 
 
 # ── The run ──────────────────────────────────────────────────────────────────────────────────
-
-
-def _progress_kind(options: Globals, *, as_json: bool) -> progress.Kind:
-    if as_json:
-        return "json"
-    return "silent" if options.quiet else progress.kind_for(sys.stderr)
 
 
 async def _restore(

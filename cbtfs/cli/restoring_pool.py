@@ -53,7 +53,7 @@ def to_sr(options: Globals, wish: Wish) -> None:
 
 
 def _goal(store: Store, wish: Wish) -> Goal:
-    point = contexts.catalogue_of(store).resolve(wish.point)
+    point = contexts.point_of(store, wish.point)
     return Goal(point, owner.run_name(point.point.time, secrets.token_hex(8)), whole=wish.whole)
 
 
@@ -77,7 +77,7 @@ class _Run:
             if self.wish.dry_run:
                 _show_plan(self.options, self.goal, sr, images)
                 return None
-            kind = _kind(self.options, self.wish)
+            kind = contexts.progress_kind(self.options, as_json=self.wish.json_progress)
             with progress.open_progress(kind, sys.stderr) as view:
                 new = NewDisks(pool, self.goal, view)
                 async with new.made(images, sr) as disks:
@@ -90,7 +90,7 @@ class _Run:
             inventory = await pool.inventory()
             vm = inplace.vm_of(inventory, self.goal)
             await pool.check_nbd()
-            kind = _kind(self.options, self.wish)
+            kind = contexts.progress_kind(self.options, as_json=self.wish.json_progress)
             with progress.open_progress(kind, sys.stderr) as view:
                 run = InPlace(pool, self.store, self.goal, inventory, view)
                 if self.wish.dry_run:
@@ -129,12 +129,6 @@ def _find_sr(inventory: Inventory, name_or_uuid: str) -> SR:
             f"{len(found)} SRs are called {name_or_uuid!r}; use a uuid: {uuids}"
         )
     return found[0]
-
-
-def _kind(options: Globals, wish: Wish) -> progress.Kind:
-    if wish.json_progress:
-        return "json"
-    return "silent" if options.quiet else progress.kind_for(sys.stderr)
 
 
 # ── what is told ─────────────────────────────────────────────────────────────────────────────
