@@ -250,6 +250,9 @@ class Filesystem(pyfuse3.Operations):
     @_answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """Return a fact about a disk, or about the mount."""
+        if not name.startswith(b"user."):
+            # ls asks for a label and an ACL of each file, unless it is told that there are none
+            raise pyfuse3.FUSEError(errno.ENOTSUP)
         facts = self._facts(self._node(inode))
         if name not in facts:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)

@@ -145,6 +145,18 @@ async def test_other_extended_attributes_do_not_exist(snapshot: Path) -> None:
     assert caught.value.errno == errno.ENODATA
 
 
+@pytest.mark.parametrize("name", ["security.selinux", "system.posix_acl_access", "trusted.x"])
+async def test_who_looks_for_labels_is_told_once_that_there_are_none(
+    pool: MemoryPool, tmp_path: Path, name: str
+) -> None:
+    """ls asks again and again for what a file lacks, but not for what a file system lacks."""
+    async with mounted(pool, INVENTORY, tmp_path / "mnt") as top:
+        with pytest.raises(OSError, match="not supported") as caught:
+            await trio.to_thread.run_sync(os.getxattr, top, name)
+
+    assert caught.value.errno == errno.ENOTSUP
+
+
 @pytest.mark.parametrize(
     "command",
     [
