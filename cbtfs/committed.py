@@ -14,7 +14,6 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from heapq import merge
 
 from . import digests, errors, extents, imagefiles, sparse, units
 from .extents import Extent
@@ -23,8 +22,6 @@ from .imagefiles import ImageFiles
 
 PIECE = units.MiB
 """Bytes that are read and compared at a time."""
-
-_SCALE = digests.BLOCK // digests.LENGTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +39,7 @@ class Committed:
 
     def pieces(self) -> Iterator[Extent]:
         """Yield what may not be zero, in order, block-aligned, at most ``PIECE`` bytes each."""
-        stored = sparse.data_extents(self.fd, size=self.size)
-        array = sparse.data_extents(self.digest_fd, size=digests.array_length(self.size))
-        claimed = (Extent(start * _SCALE, stop * _SCALE) for start, stop in array)
-        both = merge(_whole_blocks(stored), _whole_blocks(claimed))
-        whole = extents.clip(extents.merge(both), stop=self.size)
+        whole = imagefiles.suspects(self.fd, self.digest_fd, Extent(0, self.size))
         return extents.split(whole, size=PIECE)
 
     def digests_of(self, start: int, stop: int) -> bytes:
@@ -91,11 +84,6 @@ class Committed:
     def _reading(self) -> Generator[None]:
         with told("read", self.files.path), imagefiles.readable(self.files.path):
             yield
-
-
-def _whole_blocks(found: Iterator[Extent]) -> Iterator[Extent]:
-    for start, stop in found:
-        yield Extent(start - start % digests.BLOCK, -(-stop // digests.BLOCK) * digests.BLOCK)
 
 
 @contextmanager

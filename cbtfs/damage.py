@@ -6,7 +6,6 @@ same disk finds nothing, which proves every byte of it right.
 """
 
 import errno
-import heapq
 import math
 import os
 import threading
@@ -188,12 +187,7 @@ class _Check:
                 yield done, result.result()
 
     def _suspects(self) -> Iterator[Extent]:
-        stored = sparse.data_extents(self._fd, size=self._size)
-        array = sparse.data_extents(self._digest_fd, size=digests.array_length(self._size))
-        scale = digests.BLOCK // digests.LENGTH
-        claimed = (Extent(start * scale, stop * scale) for start, stop in array)
-        both = heapq.merge(_whole_blocks(stored), _whole_blocks(claimed))
-        return extents.clip(extents.merge(both), stop=self._size)
+        return imagefiles.suspects(self._fd, self._digest_fd, Extent(0, self._size))
 
     def _compare(self, piece: Extent) -> list[Extent]:
         """Return the blocks of ``piece`` that differ; runs in a thread."""
@@ -235,11 +229,6 @@ class _Check:
                 self._extents[-1] = Extent(self._extents[-1].start, extent.stop)
             elif len(self._extents) < self._kept:
                 self._extents.append(extent)
-
-
-def _whole_blocks(found: Iterable[Extent]) -> Iterator[Extent]:
-    for start, stop in found:
-        yield Extent(start - start % digests.BLOCK, -(-stop // digests.BLOCK) * digests.BLOCK)
 
 
 def _drawn(suspects: Iterator[Extent], blocks: int, scope: Scope) -> Iterator[Extent]:

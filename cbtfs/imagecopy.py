@@ -68,20 +68,15 @@ class Source:
 
     def suspects(self, where: Extent) -> Iterator[Extent]:
         """Yield, in whole blocks, what of ``where`` is stored or has a digest; the rest is zero."""
-        stored = sparse.data_in(self.fd, where)
-        entries = Extent(digests.entry(where.start), digests.entry(where.stop))
-        claimed = (
-            Extent(digests.block(start), digests.block(stop))
-            for start, stop in sparse.data_in(self.digest_fd, entries)
-        )
-        both = merge(whole_blocks(stored), claimed)
-        return extents.clip(extents.merge(both), stop=where.stop)
+        return imagefiles.suspects(self.fd, self.digest_fd, where)
 
     def stored(self) -> int:
         """Return how many bytes are stored, in whole blocks."""
         with self.readable():
             found = sparse.data_extents(self.fd, size=self.size)
-            return extents.total(extents.clip(extents.merge(whole_blocks(found)), stop=self.size))
+            return extents.total(
+                extents.clip(extents.merge(imagefiles.whole_blocks(found)), stop=self.size)
+            )
 
     def expected(self, piece: Extent) -> bytes:
         """Return the digests of the blocks of ``piece``."""
@@ -364,7 +359,7 @@ class ImageCopy(AbstractContextManager["ImageCopy"]):
             yield whole
             return
         stored = _listed(self._fd, whole, self._path)
-        both = extents.merge(merge(self._source.suspects(whole), whole_blocks(stored)))
+        both = extents.merge(merge(self._source.suspects(whole), imagefiles.whole_blocks(stored)))
         yield from extents.clip(both, stop=whole.stop)
 
     def check(self, what: Iterable[Extent], advanced: Advanced) -> list[Extent]:
@@ -419,12 +414,6 @@ def places(found: list[Extent]) -> str:
     """Return for people where ``found`` is: ``bytes 0 to 65536, …``, at most five of them."""
     named = ", ".join(f"{start} to {stop}" for start, stop in found[:5])
     return f"bytes {named}" + (f" and {len(found) - 5} more places" if len(found) > 5 else "")
-
-
-def whole_blocks(found: Iterable[Extent]) -> Iterator[Extent]:
-    """Yield ``found``, each widened to whole blocks; they may overlap then."""
-    for start, stop in found:
-        yield Extent(start - start % digests.BLOCK, -(-stop // digests.BLOCK) * digests.BLOCK)
 
 
 def _listed(fd: int, where: Extent, path: Path) -> Iterator[Extent]:

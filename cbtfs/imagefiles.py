@@ -3,8 +3,9 @@
 An image is two files: the raw disk, and the array of its digests. Nothing here writes them.
 """
 
+import heapq
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import blake3
 
 from . import digests, errors, extents, sparse, units
+from .extents import Extent
 from .folder import Folder, told
 
 _ROOT_STEP = 4 * units.MiB
@@ -29,6 +31,29 @@ class ImageFiles:
     def path(self) -> Path:
         """Path of the image, for messages."""
         return self.folder.path / self.name
+
+
+def suspects(fd: int, digest_fd: int, where: Extent) -> Iterator[Extent]:
+    """Yield what of an image is stored, or has a digest, in whole blocks; the rest is zero.
+
+    Args:
+        fd: the raw disk.
+        digest_fd: its digests.
+        where: in bytes, from the beginning of a block on.
+    """
+    scale = digests.BLOCK // digests.LENGTH
+    entries = Extent(digests.entry(where.start), digests.entry(where.stop))
+    array = sparse.data_in(digest_fd, entries)
+    claimed = (Extent(start * scale, stop * scale) for start, stop in array)
+    stored = sparse.data_in(fd, where)
+    both = heapq.merge(whole_blocks(stored), whole_blocks(claimed))
+    return extents.clip(extents.merge(both), stop=where.stop)
+
+
+def whole_blocks(found: Iterable[Extent]) -> Iterator[Extent]:
+    """Yield ``found``, each widened to whole blocks; they may overlap then."""
+    for start, stop in found:
+        yield Extent(start - start % digests.BLOCK, -(-stop // digests.BLOCK) * digests.BLOCK)
 
 
 def flaw(files: ImageFiles, *, size: int) -> str:

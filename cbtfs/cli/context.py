@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -22,6 +22,19 @@ from . import output
 log = logging.getLogger("cbtfs.cli")
 
 _T = TypeVar("_T")
+
+
+DryRun = Annotated[
+    bool,
+    typer.Option("-n", "--dry-run", metavar="", help="Only print what would be done, and why."),
+]
+"""Option of every verb that deletes or overwrites."""
+
+JsonProgress = Annotated[
+    bool,
+    typer.Option("--json-progress", metavar="", help="Progress as lines of JSON on stderr."),
+]
+"""Option of every verb that takes long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,10 +57,7 @@ def prune(  # noqa: PLR0913  # one parameter per option
     weekly: Annotated[int, _keeping("weekly")] = 0,
     monthly: Annotated[int, _keeping("monthly")] = 0,
     yearly: Annotated[int, _keeping("yearly")] = 0,
-    dry_run: Annotated[
-        bool,
-        typer.Option("-n", "--dry-run", metavar="", help="Only print what would be done, and why."),
-    ] = False,
+    dry_run: contexts.DryRun = False,
 ) -> None:
     """Remove the restore points that no rule keeps.
 

@@ -50,14 +50,8 @@ def restore(  # noqa: PLR0913  # one parameter per option
         Literal["sample", "full"],
         typer.Option("--verify", help="Read back some of what was written, or all of it."),
     ] = "sample",
-    dry_run: Annotated[
-        bool,
-        typer.Option("-n", "--dry-run", metavar="", help="Only print what would be done, and why."),
-    ] = False,
-    json_progress: Annotated[
-        bool,
-        typer.Option("--json-progress", metavar="", help="Progress as lines of JSON on stderr."),
-    ] = False,
+    dry_run: contexts.DryRun = False,
+    json_progress: contexts.JsonProgress = False,
 ) -> None:
     """Restore a disk or all disks of a restore point."""
     options = contexts.of(context)

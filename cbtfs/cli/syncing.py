@@ -95,14 +95,8 @@ def sync(  # noqa: PLR0913  # one parameter per option
             help="Wait so long for another run of the same VM, such as 10m; else status 11.",
         ),
     ] = "0",
-    dry_run: Annotated[
-        bool,
-        typer.Option("-n", "--dry-run", metavar="", help="Only print what would be done, and why."),
-    ] = False,
-    json_progress: Annotated[
-        bool,
-        typer.Option("--json-progress", metavar="", help="Progress as lines of JSON on stderr."),
-    ] = False,
+    dry_run: contexts.DryRun = False,
+    json_progress: contexts.JsonProgress = False,
 ) -> None:
     """Make restore points: full the first time, then only what changed."""
     options = contexts.of(context)

@@ -117,10 +117,7 @@ def verify(  # noqa: PLR0913  # one parameter per option
         bool,
         typer.Option("-n", "--dry-run", metavar="", help="Only say what would be repaired."),
     ] = False,
-    json_progress: Annotated[
-        bool,
-        typer.Option("--json-progress", metavar="", help="Progress as lines of JSON on stderr."),
-    ] = False,
+    json_progress: contexts.JsonProgress = False,
 ) -> None:
     """Compare images with their digests; exit status 4 if one is damaged."""
     options = contexts.of(context)
