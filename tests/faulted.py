@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -121,7 +122,7 @@ class World:
     Attributes:
         sizes: of its disks in bytes, by device.
         sound: whether nothing that is left of a test disturbs the next one.
-        held: connections by which somebody else takes places at the hosts.
+        held: sockets by which somebody else takes places at the hosts.
     """
 
     small: Small
@@ -129,7 +130,7 @@ class World:
     scratch: Path
     sizes: dict[str, int]
     sound: bool = True
-    held: list[NbdClient] = field(default_factory=list)
+    held: list[socket.socket] = field(default_factory=list)
     rng: random.Random = field(default_factory=lambda: random.Random(7))
 
     @property
@@ -224,13 +225,20 @@ class World:
         for address in NBD_ADDRESSES:
             for _ in range(16):
                 client = NbdClient(address, self.pool.nbd_port)
-                self.held.append(client)
+                self.held.append(client.connection)
                 client.hello()
+
+    def make_busy(self, host: str) -> None:
+        """Let another process hold a place at ``host``, so that the other one is tried first."""
+        uuid = self.small.api.text("host.get_uuid", self.small.api.named("host", host))
+        busy = socket.socket(socket.AF_UNIX)
+        self.held.append(busy)
+        busy.bind(f"\0cbtfs/place/{uuid}:{self.pool.nbd_port}/0")
 
     def give_places_back(self) -> None:
         """Let somebody else go."""
         while self.held:
-            self.held.pop().connection.close()
+            self.held.pop().close()
 
     def put_in_order(self) -> None:
         """Switch all faults off, bring back whoever is down, and trust the hosts that there are."""

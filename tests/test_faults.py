@@ -89,6 +89,12 @@ def control(command: str, *arguments: str) -> ActOnRun:
     return lambda world, _: world.pool.control(command, *arguments)
 
 
+def silence_the_idle_host(world: World) -> None:
+    """Have the host fall silent that is tried first; chance would choose between idle ones."""
+    world.make_busy("xcp2")
+    world.pool.set("nbd.silent", "xcp1")
+
+
 def send(signum: signal.Signals) -> ActOnRun:
     """Send the command a signal."""
     return lambda _, run: run.process.send_signal(signum)
@@ -225,7 +231,7 @@ NBD = [
     ),
     Fault(
         what="an NBD server accepts and is silent, the other host is well",
-        before=pool_set("nbd.silent=xcp1"),
+        before=silence_the_idle_host,
         silent=True,
         outcome=RETRIED,
         says=r"127\.0\.0\.12:\d+ did not get ready within 2 s; trying again",
