@@ -15,8 +15,7 @@ import typer
 
 from cbtfs import errors, plan
 from cbtfs.catalogue import Catalogue, DiskPoint, Point, VMHistory
-from cbtfs.cli import failures, listing, mounting, output, running
-from cbtfs.cli.app import app
+from cbtfs.cli import app, failures, listing, mounting, output, running
 from cbtfs.inventory import SR, VBD, VDI, VM, Inventory, Pool
 from cbtfs.plan import VMPlan
 from cbtfs.sync import Target
@@ -44,7 +43,7 @@ def cbtfs(
 
 def commands() -> Iterator[tuple[str, typer.core.TyperCommand | typer.core.TyperGroup]]:
     """Yield the path of every command with it."""
-    todo: list[tuple[str, object]] = [("cbtfs", typer.main.get_command(app))]
+    todo: list[tuple[str, object]] = [("cbtfs", typer.main.get_command(app.application()))]
     while todo:
         path, command = todo.pop()
         assert isinstance(command, typer.core.TyperCommand | typer.core.TyperGroup)
@@ -65,10 +64,34 @@ def test_every_help_has_an_example(
 
 
 def test_verbs_of_this_version_are_all_there() -> None:
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(app.application())
 
     assert isinstance(root, typer.core.TyperGroup)
     assert set(root.commands) == set(NOW)
+    assert list(root.commands) == list(app.VERBS)
+
+
+@pytest.mark.parametrize("verb", NOW)
+def test_a_verb_is_there_when_only_its_module_is(verb: str) -> None:
+    root = typer.main.get_command(app.application(verb))
+
+    assert isinstance(root, typer.core.TyperGroup)
+    assert verb in root.commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb"),
+    [
+        (["list"], "list"),
+        (["--store", "sync", "-qv", "list", "diff"], "list"),
+        (["--store=sync", "--", "list"], "list"),
+        (["--json", "--version"], ""),
+        (["--store"], ""),
+        ([], ""),
+    ],
+)
+def test_the_verb_is_found_among_the_options(arguments: list[str], verb: str) -> None:
+    assert app.verb_of(arguments) == verb
 
 
 @pytest.mark.parametrize("verb", LATER)

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import cbtfs
-from cbtfs.cli.app import app
+from cbtfs.cli.app import application
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages(cbtfs.__path__, "cbtfs."))
@@ -106,7 +106,7 @@ def test_command_in_a_document_exists_with_its_options(path: Path) -> None:
 
 def parses(words: list[str]) -> bool:
     """Tell whether the options and verbs of a command line are known."""
-    command: object = typer.main.get_command(app)
+    command: object = typer.main.get_command(application())
     for word in words:
         assert isinstance(command, typer.core.TyperCommand | typer.core.TyperGroup)
         options = {
