@@ -7,8 +7,11 @@ failure means is decided by the session that owns the lines.
 """
 
 import http.client
+import math
+import select
 import ssl
 import threading
+import time
 import xml.parsers.expat
 import xmlrpc.client
 from collections.abc import Mapping, Sequence
@@ -36,6 +39,9 @@ NOT_XML_RPC = (
 
 LONGEST = 64 * MiB
 """Bytes of an answer; what is long in a pool is read over JSON-RPC."""
+
+FRESH = 1.0
+"""Seconds after an answer in which a line is as good as a new one, which costs a TLS handshake."""
 
 _THREADS = 8
 """Calls of one session at a time; xapi serves 800 connections to everybody."""
@@ -125,6 +131,14 @@ class _Transport(xmlrpc.client.SafeTransport):
         if self._line is not None:
             self._line.close()
 
+    def is_quiet(self) -> bool:
+        """Tell whether the host has sent nothing unasked and has not hung up."""
+        if self._broken or self._line is None or self._line.sock is None:
+            return False
+        waiting = select.poll()
+        waiting.register(self._line.sock, select.POLLIN)
+        return not waiting.poll(0)
+
 
 class Line:
     """One connection to one host; ``call`` blocks, and is for one thread at a time.
@@ -143,6 +157,7 @@ class Line:
         self._proxy = XenAPI.Session(f"https://{self._netloc}", transport=self._transport)
         self._lock = threading.Lock()
         self._busy = self._unwanted = False
+        self._answered = -math.inf
 
     def call(self, method: str, params: Sequence[object]) -> object:
         """Call ``method`` and return its value.
@@ -157,12 +172,18 @@ class Line:
             self._busy = True
         try:
             self._connect()
-            return _value(self._request(method, params), method)
+            answer = self._request(method, params)
+            self._answered = time.monotonic()
+            return _value(answer, method)
         finally:
             with self._lock:
                 self._busy = False
                 if self._unwanted:
                     self._transport.close()
+
+    def is_fresh(self) -> bool:
+        """Tell whether it was of use just now, and nothing has happened to it since."""
+        return time.monotonic() - self._answered < FRESH and self._transport.is_quiet()
 
     def discard(self) -> None:
         """Close the line, or have the thread that still uses it do so."""
@@ -222,10 +243,11 @@ class Lines:
         """Call ``method`` at ``host``; raises as ``Line.call``.
 
         A call that may be repeated takes an idle line, which its host may have closed meanwhile,
-        and if cancelled is left behind. Any other takes a line of its own and is waited for.
+        and if cancelled is left behind. Any other takes one that was of use just now or is new, so
+        that it is not lost without anybody knowing whether it was carried out; it is waited for.
         """
         harmless = is_repeatable(method)
-        line = self._take(host) if harmless else None
+        line = self._take(host, fresh=not harmless)
         line = line or Line(host, self._port, context=context, timeout=self._timeout)
         try:
             value = await trio.to_thread.run_sync(
@@ -248,15 +270,15 @@ class Lines:
     def _keep(self, line: Line) -> None:
         """Leave ``line`` for a later call, and close the oldest where there are more than needed.
 
-        Without that there would be one more with each call that has a line of its own.
+        Without that there would be one more with each call that has a new one.
         """
         self._idle.append(line)
         while len(self._idle) > _THREADS:
             self._idle.pop(0).discard()
 
-    def _take(self, host: str) -> Line | None:
-        for line in self._idle:
-            if line.host == host:
+    def _take(self, host: str, *, fresh: bool) -> Line | None:
+        for line in reversed(self._idle):
+            if line.host == host and (line.is_fresh() or not fresh):
                 self._idle.remove(line)
                 return line
         return None

@@ -268,6 +268,7 @@ class Xapi:
         self.bodies: list[bytes] = []
         self.connections = 0
         self.open = 0
+        self.hangs_up = False
         self.silent = trio.Event()
         self._answer = answer if isinstance(answer, bytes) else _xml(answer)
 
@@ -283,7 +284,7 @@ class Xapi:
                     self.silent.set()
                     await trio.sleep_forever()
                 await secured.send_all(self._answer)
-                if not self._answer.startswith(b"HTTP/1.1 200"):
+                if self.hangs_up or not self._answer.startswith(b"HTTP/1.1 200"):
                     return
         except trio.BrokenResourceError:
             return

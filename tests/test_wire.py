@@ -170,7 +170,22 @@ async def in_lines(
         lines.close()
 
 
-async def test_only_reads_share_a_line(own: Certificate) -> None:
+async def test_a_line_that_was_of_use_just_now_is_used_again(own: Certificate) -> None:
+    xapi = Xapi(own, SUCCESS)
+
+    async def use(send: Callable[[str], Awaitable[object]]) -> None:
+        for method in ("VDI.get_uuid", "VM.snapshot", "VDI.get_uuid", "VM.destroy"):
+            await send(method)
+
+    await in_lines(xapi, use)
+
+    assert (xapi.connections, len(xapi.bodies)) == (1, 4)
+
+
+async def test_of_older_lines_only_reads_make_use(
+    own: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "FRESH", 0)
     xapi = Xapi(own, SUCCESS)
 
     async def use(send: Callable[[str], Awaitable[object]]) -> None:
@@ -182,9 +197,26 @@ async def test_only_reads_share_a_line(own: Certificate) -> None:
     assert xapi.connections == 2
 
 
-async def test_few_lines_stay_open_however_many_calls_had_one_of_their_own(
-    own: Certificate,
+async def test_no_change_is_sent_over_a_line_that_its_host_has_closed(own: Certificate) -> None:
+    xapi = Xapi(own, SUCCESS)
+    xapi.hangs_up = True
+
+    async def use(send: Callable[[str], Awaitable[object]]) -> None:
+        for _ in range(5):
+            assert await send("VM.snapshot") == "done"
+            with trio.fail_after(5):
+                while xapi.open:  # noqa: ASYNC110 - until the server has hung up
+                    await trio.sleep(0.001)
+
+    await in_lines(xapi, use)
+
+    assert (xapi.connections, len(xapi.bodies)) == (5, 5)
+
+
+async def test_few_lines_stay_open_however_many_calls_had_a_new_one(
+    own: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(wire, "FRESH", 0)
     xapi = Xapi(own, SUCCESS)
 
     async def use(send: Callable[[str], Awaitable[object]]) -> None:
