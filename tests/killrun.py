@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from cbtfs import __main__ as program
+from cbtfs.cli.app import application
 from cbtfs.xapi import Session
 
 from .killpoints import Mode, Points
@@ -150,6 +151,7 @@ def open_runner(
 
 def _serve() -> None:
     """Answer each order on stdin with the status of its run."""
+    application()  # the modules of all verbs: no run imports its own
     for line in sys.stdin.buffer:
         order = msgspec.json.decode(line, type=Order)
         child = os.fork()
