@@ -7,9 +7,11 @@ the same. What tools print about a disk is read here; running them is the caller
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from .volumes import SECTOR, Group, Member, Volume
+from . import errors, pieces
+from .pieces import Segment, Table
+from .volumes import SECTOR, Group, Member, Piece, Stripes, Volume
 
 RECIPES = "contrib/docs/restore-files.md"
 
@@ -45,7 +47,11 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """``size`` bytes of an image from ``offset`` on: the disk, a partition, or a volume."""
+    """``size`` bytes of an image from ``offset`` on: the disk, a partition, or a volume.
+
+    Of a volume in several pieces ``devices`` are the disks that have them, and the image is the
+    file that shows it as one (see ``joined``).
+    """
 
     image: Image
     label: str
@@ -53,6 +59,32 @@ class Region:
     size: int
     partition: int | None = None
     volume: str = ""
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A volume in several pieces.
+
+    Attributes:
+        label: fit to be the name of a file.
+        volume: ``GROUP/NAME``.
+        home: the physical volume on which it begins.
+        table: where it lies.
+        images: what the numbers in ``table`` mean.
+    """
+
+    label: str
+    volume: str
+    home: Region
+    table: Table
+    images: tuple[Image, ...]
+
+    def region(self, path: str) -> Region:
+        """Return the volume as what the file ``path`` shows."""
+        devices = tuple(dict.fromkeys(self.images[i].device for i, _ in self.table.ends()))
+        image = replace(self.home.image, path=path, size=self.table.size)
+        return Region(image, self.label, 0, image.size, None, self.volume, devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +200,17 @@ def _numbered(label: str, number: str) -> str:
     return f"{label}p{number}" if label[-1:].isdigit() else f"{label}{number}"
 
 
-def volumes(members: Sequence[tuple[Region, Member]]) -> tuple[list[Region], list[Skipped]]:
-    """Return the volumes of LVM that lie in one piece, and those that are left alone.
+@dataclass(slots=True)
+class Volumes:
+    """The volumes of LVM on some disks: in one piece, in several, and those that are left alone."""
+
+    regions: list[Region] = field(default_factory=list[Region])
+    spread: list[Spread] = field(default_factory=list[Spread])
+    skipped: list[Skipped] = field(default_factory=list[Skipped])
+
+
+def volumes(members: Sequence[tuple[Region, Member]]) -> Volumes:
+    """Return the volumes of LVM on some disks, and which are left alone.
 
     Args:
         members: the physical volumes and where they are. Two of one uuid, copies of each other, are
@@ -177,16 +218,21 @@ def volumes(members: Sequence[tuple[Region, Member]]) -> tuple[list[Region], lis
     """
     times = Counter(member.uuid for _, member in members)
     places = {member.uuid: region for region, member in members if times[member.uuid] == 1}
-    regions: list[Region] = []
-    skipped: list[Skipped] = []
+    found = Volumes()
+    left = pieces.LIMIT
     for home, group in _groups(members):
         for volume in group.volumes:
-            found = _placed(home, group, volume, places)
-            if isinstance(found, Region):
-                regions.append(found)
-            else:
-                skipped.append(found)
-    return _told_apart(regions), skipped
+            placed = _placed(home, group, volume, places, left=left)
+            match placed:
+                case Region():
+                    found.regions.append(placed)
+                case Spread():
+                    found.spread.append(placed)
+                    left -= len(placed.table)
+                case Skipped():
+                    found.skipped.append(placed)
+    _tell_apart(found)
+    return found
 
 
 def _groups(members: Iterable[tuple[Region, Member]]) -> Iterable[tuple[Region, Group]]:
@@ -200,37 +246,72 @@ def _groups(members: Iterable[tuple[Region, Member]]) -> Iterable[tuple[Region, 
 
 
 def _placed(
-    home: Region, group: Group, volume: Volume, places: Mapping[str, Region]
-) -> Region | Skipped:
-    name = f"{group.name}/{volume.name}"
-    label = f"{home.image.label}-{volume.name}"
+    home: Region, group: Group, volume: Volume, places: Mapping[str, Region], *, left: int
+) -> Region | Spread | Skipped:
+    """Return where a volume lies, if it may have ``left`` pieces; else why it is left alone."""
+    found = [piece for each in volume.pieces for piece in _columns(each)]
     why = ""
     if volume.kind:
         why = f"is a volume of LVM of the kind {volume.kind}"
-    elif any(piece.member not in places for piece in volume.pieces):
+    elif any(piece.member not in places for piece in found):
         why = "is a volume of LVM on another disk, or on one of two disks that are copies"
-    elif len(volume.pieces) != 1:
-        why = f"is a volume of LVM in {len(volume.pieces)} pieces"
-    else:
-        piece = volume.pieces[0]
-        place = places[piece.member]
-        if piece.size and piece.offset + piece.size <= place.size:
-            label = f"{place.image.label}-{volume.name}"
-            offset = place.offset + piece.offset
-            return Region(place.image, label, offset, piece.size, place.partition, name)
+    elif not found or len(found) > left:
+        why = f"is a volume of LVM in {len(found)} pieces"
+    elif not all(_is_within(piece, places[piece.member]) for piece in found):
         why = "is a volume of LVM that lies beyond the end of its disk"
+    else:
+        try:
+            return _located(f"{group.name}/{volume.name}", volume, places)
+        except errors.StoreError:
+            why = "is a volume of LVM whose stripes do not add up"
+    label = f"{home.image.label}-{volume.name}"
     return Skipped(home.image.device, label, LVM_MEMBER, why, "LVM", home.partition)
 
 
-def _told_apart(regions: Sequence[Region]) -> list[Region]:
-    """Return ``regions`` with the group in the labels of those whose label is not the only one."""
-    times = Counter(region.label for region in regions)
-    return [
-        replace(r, label=f"{r.image.label}-{r.volume.replace('/', '-')}")
-        if times[r.label] > 1
-        else r
-        for r in regions
+def _located(name: str, volume: Volume, places: Mapping[str, Region]) -> Region | Spread:
+    found = [piece for each in volume.pieces for piece in _columns(each)]
+    home = places[found[0].member]
+    label = f"{home.image.label}-{volume.name}"
+    if len(found) == 1:
+        offset = home.offset + found[0].offset
+        return Region(home.image, label, offset, found[0].size, home.partition, name)
+    images = tuple(dict.fromkeys(places[piece.member].image for piece in found))
+    segments: list[Segment] = []
+    start = 0
+    for each in volume.pieces:
+        columns = _columns(each)
+        size = sum(piece.size for piece in columns)
+        spots = [(places[p.member], p.offset) for p in columns]
+        where = tuple((images.index(place.image), place.offset + at) for place, at in spots)
+        chunk = each.chunk if isinstance(each, Stripes) else size
+        segments.append(Segment(start, size, where, chunk))
+        start += size
+    return Spread(label, name, home, Table(segments), images)
+
+
+def _columns(each: Piece | Stripes) -> tuple[Piece, ...]:
+    return each.columns if isinstance(each, Stripes) else (each,)
+
+
+def _is_within(piece: Piece, place: Region) -> bool:
+    return bool(piece.size) and piece.offset + piece.size <= place.size
+
+
+def _tell_apart(found: Volumes) -> None:
+    """Put the group into the labels of those whose label is not the only one."""
+    times = Counter([r.label for r in found.regions] + [s.label for s in found.spread])
+    found.regions = [
+        replace(r, label=_full_label(r.image, r.volume)) if times[r.label] > 1 else r
+        for r in found.regions
     ]
+    found.spread = [
+        replace(s, label=_full_label(s.home.image, s.volume)) if times[s.label] > 1 else s
+        for s in found.spread
+    ]
+
+
+def _full_label(image: Image, volume: str) -> str:
+    return f"{image.label}-{volume.replace('/', '-')}"
 
 
 def left_alone(found: Found) -> Skipped | None:
@@ -250,6 +331,13 @@ def unknown_here(found: Found) -> Skipped:
     region = found.region
     why = f"holds {found.type}, which this machine cannot mount"
     return Skipped(region.image.device, region.label, found.type, why, DRIVERLESS, region.partition)
+
+
+def unjoined(spread: Spread, why: str) -> Skipped:
+    """Return why a volume in several pieces cannot be shown as one file here."""
+    text = f"is a volume of LVM in {len(spread.table)} pieces, which cannot be joined here: {why}"
+    device = spread.home.image.device
+    return Skipped(device, spread.label, LVM_MEMBER, text, "LVM", spread.home.partition)
 
 
 def damaged_member(found: Found, why: str) -> Skipped:

@@ -105,17 +105,26 @@ def tune(path: Path) -> bool:
     That is root's to say (Documentation/ABI/testing/sysfs-class-bdi; filesystems/fuse.rst). Whoever
     calls has just asked ``path`` something, so that this does not wait for its own process.
     """
-    device = path.stat().st_dev
-    major, minor = os.major(device), os.minor(device)
     try:
-        ahead = Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb")
-        ahead.write_text(str(READ_AHEAD // units.KiB))
+        device = read_further(path)
         with control() as connections:
             for name in ("max_background", "congestion_threshold"):
-                (connections / str(minor) / name).write_text(str(BACKGROUND))
+                (connections / str(os.minor(device)) / name).write_text(str(BACKGROUND))
     except (OSError, subprocess.CalledProcessError):  # another user than root, or a container
         return False
     return True
+
+
+def read_further(path: Path) -> int:
+    """Have the kernel read ``READ_AHEAD`` ahead in the file system at ``path``; return its device.
+
+    Raises:
+        OSError: it does not let us say so.
+    """
+    device = path.stat().st_dev
+    ahead = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    ahead.write_text(str(READ_AHEAD // units.KiB))
+    return device
 
 
 @contextmanager

@@ -4,13 +4,20 @@
 
     DIR             a tmpfs whose source says of which point, "cbtfs-open:VM-UUID/TIME", mode 0700
     ├── xvda1       mount -o ro,…,loop,offset=…,sizelimit=… IMAGE DIR/xvda1
-    └── xvda-root   a volume of LVM, the same way
+    ├── xvda-root   a volume of LVM, the same way
+    └── xvda-data   one in several pieces, from the file that joined.py makes of them
     DIR             or the one file system itself
+
+    /run/cbtfs/volumes      joined.py's files, as long as an open looks for file systems and mounts
 
 There is no record of what is open beside the kernel's own list of mounts. ``mount -o loop`` makes
 a read-only loop device that the kernel takes away with its mount, and the tmpfs takes the folders
 with it. So whatever comes in between - SIGKILL, ``umount`` by hand - leaves nothing that ``close``
 does not find.
+
+The files of joined.py are unmounted lazily once what is in them is mounted: then their process
+lives as long as a loop device has one of them. What a killed ``open`` left of that goes with the
+next ``open`` or ``close``, for only one runs at a time.
 
 Rules of this file:
 
@@ -23,6 +30,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import contents, errors, lock, mountpoint, programs, sparse, volumes
-from .contents import Found, Image, Region, Skipped, Way
+from .contents import Found, Image, Region, Skipped, Spread, Way
 from .folder import Folder, told
 from .mountpoint import Mounted
 from .programs import Programs
@@ -40,11 +48,15 @@ SOURCE = "cbtfs-open:"
 
 STATE = Path("/run/cbtfs")
 
+VOLUMES = STATE / "volumes"
+"""Where the volumes are shown that are in several pieces, until they are mounted."""
+
 DETACH_LIMIT = 5.0
 """Seconds that the kernel gets to take a loop device away; udev may hold it for a moment."""
 
 _LOOP = re.compile(r"/dev/(loop[0-9]+)")
 _IMAGE = re.compile(r".*/(?:vdi-)?[0-9a-f-]{36}/[^/]+/[^/]+\.raw(?: \(deleted\))?")
+_JOINED = re.compile(rf"(?:.*/)?{SOURCE}[^/]+")  # no longer below VOLUMES, once that is unmounted
 _AMBIVALENT = 8  # blkid(8), exit status
 _UNKNOWN = "unknown filesystem type"
 _OVERLAP = "overlapping loop device"
@@ -104,17 +116,15 @@ def open_images(
         survey = _Survey(tools)
         for image in images:
             survey.look(image)
-        survey.look_for_volumes()
-        if not survey.found:
-            raise errors.MountError(f"nothing here can be mounted: {_reasons(survey.skipped)}")
-        with _place(where, tools) as path:
-            opened = Opened(str(path), tools.commands, skipped=survey.skipped)
-            if is_disk and len(survey.found) == 1:
-                _mount(survey.found[0], path, opened, tools)
-            else:
-                _mount_in_folders(survey.found, opened, tools, source=f"{SOURCE}{point}")
-            if not opened.mounts:
-                raise errors.MountError(f"nothing here can be mounted: {_reasons(opened.skipped)}")
+        with _joined(survey.look_for_volumes(), tools) as (regions, skipped):
+            survey.skipped += skipped
+            survey.look_into(regions)
+            if not survey.found:
+                raise _nothing(survey.skipped)
+            with _place(where, tools) as path:
+                opened = Opened(str(path), tools.commands, skipped=survey.skipped)
+                source = "" if is_disk and len(survey.found) == 1 else f"{SOURCE}{point}"
+                _mount_all(survey.found, opened, tools, source=source)
     return opened
 
 
@@ -127,6 +137,7 @@ def close(where: Path, *, tell: Callable[[str], None]) -> Closed:
     """
     path = mountpoint.located(where)
     with _tools(tell) as tools:
+        _unjoin(tools)
         if not _ours(path):
             mounted = mountpoint.find(path)
             what = f"has {mounted.type} mounted on it, by another program" if mounted else "is not"
@@ -180,10 +191,15 @@ class _Survey:
         for region in regions:
             self._sort(Found(region, self._probe(region).type))
 
-    def look_for_volumes(self) -> None:
-        """Look into what belongs to LVM, once all disks are known."""
-        regions, skipped = contents.volumes(self._members)
-        self.skipped += skipped
+    def look_for_volumes(self) -> list[Spread]:
+        """Look into what belongs to LVM, once all disks are known; return what is to be joined."""
+        volumes = contents.volumes(self._members)
+        self.skipped += volumes.skipped
+        self.look_into(volumes.regions)
+        return volumes.spread
+
+    def look_into(self, regions: Sequence[Region]) -> None:
+        """Look at volumes: there are no tables of partitions in them that would count."""
         for region in regions:
             self._sort(Found(region, self._probe(region).type))
 
@@ -233,9 +249,62 @@ def read(region: Region, offset: int, length: int) -> bytes:
             os.close(fd)
 
 
+def _nothing(skipped: Sequence[Skipped]) -> errors.MountError:
+    return errors.MountError(f"nothing here can be mounted: {_reasons(skipped)}")
+
+
 def _reasons(skipped: Sequence[Skipped]) -> str:
     shown = "; ".join(map(str, skipped[:5]))
     return f"{shown}; and {len(skipped) - 5} more" if len(skipped) > 5 else shown
+
+
+# ── Volumes in several pieces ────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _joined(
+    spread: Sequence[Spread], tools: Programs
+) -> Generator[tuple[list[Region], list[Skipped]]]:
+    """Yield volumes as what files show that are there until this ends, and as long as mounted.
+
+    Or why they are left alone: without FUSE all the others can be opened still.
+    """
+    _unjoin(tools)
+    if not spread:
+        yield [], []
+        return
+    if not VOLUMES.is_dir():
+        _done(tools, "mkdir", str(VOLUMES))
+    try:
+        done = tools.run(*_join_command(spread))
+        if done.returncode == 0:
+            with suppress(OSError):  # a container; it is but slower then
+                mountpoint.read_further(VOLUMES)
+            yield [each.region(str(VOLUMES / _file(each))) for each in spread], []
+        else:
+            yield [], [contents.unjoined(each, programs.said(done)) for each in spread]
+    finally:
+        _unjoin(tools)
+
+
+def _join_command(spread: Sequence[Spread]) -> list[str]:
+    images = list(dict.fromkeys(image.path for each in spread for image in each.images))
+    words = [sys.executable, "-m", "cbtfs.joined", str(VOLUMES)]
+    words += (f"--image={path}" for path in images)
+    for each in spread:
+        numbers = [images.index(image.path) for image in each.images]
+        words += (f"{_file(each)} {line}" for line in each.table.lines(numbers))
+    return words
+
+
+def _file(spread: Spread) -> str:
+    return f"{SOURCE}{spread.label}"
+
+
+def _unjoin(tools: Programs) -> None:
+    """Unmount the files of volumes; those that a loop device has stay with it, till it goes."""
+    if mountpoint.find(VOLUMES):
+        _done(tools, "umount", "--lazy", str(VOLUMES))
 
 
 # ── Mounting ─────────────────────────────────────────────────────────────────────────────────
@@ -259,15 +328,18 @@ def _place(where: Path, tools: Programs) -> Generator[Path]:
         raise
 
 
-def _mount_in_folders(
-    found: Sequence[Found], opened: Opened, tools: Programs, *, source: str
-) -> None:
-    options = "size=1m,mode=0700,nodev,nosuid,noexec"
-    _done(tools, "mount", "-t", "tmpfs", "-o", options, source, opened.where)
+def _mount_all(found: Sequence[Found], opened: Opened, tools: Programs, *, source: str) -> None:
+    """Mount each in a folder of its own, in a tmpfs called ``source``; without one the only one."""
+    if source:
+        options = "size=1m,mode=0700,nodev,nosuid,noexec"
+        _done(tools, "mount", "-t", "tmpfs", "-o", options, source, opened.where)
     for each in found:
-        place = Path(opened.where, each.region.label)
-        _done(tools, "mkdir", str(place))
+        place = Path(opened.where, each.region.label) if source else Path(opened.where)
+        if source:
+            _done(tools, "mkdir", str(place))
         _mount(each, place, opened, tools)
+    if not opened.mounts:
+        raise _nothing(opened.skipped)
 
 
 def _mount(found: Found, place: Path, opened: Opened, tools: Programs) -> None:
@@ -321,9 +393,10 @@ def _ours(path: Path) -> list[Mounted]:
 
 
 def _is_ours(mounted: Mounted) -> bool:
-    """Tell whether this is our tmpfs, or the image of a disk of a store through a loop device."""
+    """Tell whether this is our tmpfs, or an image of a store or a volume through a loop device."""
     by_name = mounted.type == "tmpfs" and mounted.source.startswith(SOURCE)
-    return by_name or bool(_IMAGE.fullmatch(_backing(mounted.source)))
+    behind = _backing(mounted.source)
+    return by_name or bool(_IMAGE.fullmatch(behind) or _JOINED.fullmatch(behind))
 
 
 def _backing(source: str) -> str:

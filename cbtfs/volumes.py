@@ -7,8 +7,9 @@ On a physical volume (lvm2, lib/label/label.h and lib/format_text/layout.h), in 
     extents ...
 
 The text of the last change describes the whole group. A volume that lies in one piece on one disk
-is a range of bytes there, so it can be mounted without device-mapper, and without this machine's
-LVM ever hearing of a group that may be called like one of its own.
+is a range of bytes there, and one in several pieces (linear or striped) a list of such ranges: it
+can be mounted without device-mapper, and without this machine's LVM ever hearing of a group that
+may be called like one of its own.
 
 What is read here was written by a guest: sizes and places are checked before they are used.
 """
@@ -53,11 +54,19 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Stripes:
+    """Pieces of one size that take turns, ``chunk`` bytes of each at a time."""
+
+    columns: tuple[Piece, ...]
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
 class Volume:
     """A logical volume; ``kind`` is "" if ``pieces`` are all of it, in order, else what it is."""
 
     name: str
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[Piece | Stripes, ...] = ()
     kind: str = ""
 
 
@@ -159,25 +168,42 @@ def _parsed(name: str, group: "_Section") -> Group:
 def _volume(
     name: str, lv: "_Section", members: Mapping[str, tuple[str, int]], extent: int
 ) -> Volume:
-    pieces: list[Piece] = []
+    found: list[Piece | Stripes] = []
     expected = 0
     for number in range(lv.number("segment_count")):
         segment = lv.sections.get(f"segment{number + 1}")
         if segment is None or segment.number("start_extent") != expected:
             raise errors.StoreError(f"its LVM metadata describe {name} with a gap")
         kind = segment.text("type")
-        if kind not in ("striped", "linear") or segment.number("stripe_count") != 1:
+        if kind not in ("striped", "linear"):
             return Volume(name, kind=kind)
         count = segment.number("extent_count")
         expected += count
-        pieces.append(_piece(segment, members, extent=extent, count=count))
-    return Volume(name, tuple(_joined(pieces)))
+        columns = _columns(segment, members, extent=extent, count=count)
+        if len(columns) == 1:
+            _append(found, columns[0])
+        else:
+            found.append(Stripes(columns, segment.number("stripe_size") * SECTOR))
+    return Volume(name, tuple(found))
+
+
+def _columns(
+    segment: "_Section", members: Mapping[str, tuple[str, int]], *, extent: int, count: int
+) -> tuple[Piece, ...]:
+    words = segment.values.get("stripes", [])
+    width = segment.number("stripe_count")
+    if not width or len(words) != 2 * width or count % width:
+        raise errors.StoreError("its LVM metadata have stripes that do not add up")
+    return tuple(
+        _piece(words[i : i + 2], members, extent=extent, count=count // width)
+        for i in range(0, len(words), 2)
+    )
 
 
 def _piece(
-    segment: "_Section", members: Mapping[str, tuple[str, int]], *, extent: int, count: int
+    words: list[int | str], members: Mapping[str, tuple[str, int]], *, extent: int, count: int
 ) -> Piece:
-    match segment.values.get("stripes"):
+    match words:
         case [str(member), int(first)] if member in members:
             uuid, start = members[member]
             return Piece(uuid, start + first * extent, count * extent)
@@ -187,16 +213,17 @@ def _piece(
             )
 
 
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Return ``pieces``, those that follow on one another made one."""
-    found: list[Piece] = []
-    for piece in pieces:
-        last = found[-1] if found else None
-        if last and last.member == piece.member and last.offset + last.size == piece.offset:
-            found[-1] = Piece(last.member, last.offset, last.size + piece.size)
-        else:
-            found.append(piece)
-    return found
+def _append(pieces: list[Piece | Stripes], piece: Piece) -> None:
+    """Append ``piece``; if it follows on the last, make the two one."""
+    last = pieces[-1] if pieces else None
+    if (
+        isinstance(last, Piece)
+        and last.member == piece.member
+        and last.offset + last.size == piece.offset
+    ):
+        pieces[-1] = Piece(last.member, last.offset, last.size + piece.size)
+    else:
+        pieces.append(piece)
 
 
 def _sections(text: str) -> "_Section":

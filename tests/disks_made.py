@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,9 +154,12 @@ class MadeStore:
         return [sys.executable, "-m", "cbtfs", "--store", str(self.path), *arguments]
 
     def run(
-        self, *arguments: str | Path, status: int = 0, environ: Mapping[str, str] | None = None
+        self,
+        *arguments: str | Path,
+        status: int | None = 0,
+        environ: Mapping[str, str] | None = None,
     ) -> Done:
-        """Run the command; fail unless it ends with ``status``.
+        """Run the command; fail unless it ends with ``status``, if that is said.
 
         With an environment of its own that is a process of its own, too.
         """
@@ -167,7 +170,7 @@ class MadeStore:
             environment = {**os.environ, **environ}
             ended = subprocess.run(words, capture_output=True, text=True, env=environment)
             done = Done(ended.returncode, ended.stdout, ended.stderr)
-        assert done.status == status, f"{arguments}: {done.status}\n{done.stderr}"
+        assert status in {None, done.status}, f"{arguments}: {done.status}\n{done.stderr}"
         return done
 
     def json(self, *arguments: str | Path) -> dict[str, object]:
@@ -206,3 +209,67 @@ def lvm(loops: Sequence[str], *commands: str) -> None:
     for command in commands:
         verb, *rest = command.split()
         run(verb, "--driverloaded", "n", "--config", config, "-qq", *rest)
+
+
+@contextlib.contextmanager
+def loops(disks: Iterable[Path], *, offsets: Sequence[int]) -> Iterator[list[str]]:
+    """Give each disk a loop device, from an offset on."""
+    made: list[str] = []
+    try:
+        for disk, offset in zip(disks, offsets, strict=True):
+            made.append(run("losetup", "--find", "--show", "--offset", str(offset), disk).strip())
+        yield made
+    finally:
+        run("losetup", "--detach", *made)
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A segment of a volume: the loop device and the offset of each column."""
+
+    size: int
+    columns: list[tuple[str, int]]
+    chunk: int
+
+
+def layouts(loops: Sequence[str]) -> dict[str, list[Laid]]:
+    """Return where LVM says that volumes lie."""
+    accepted = ",".join(f'"a|^{loop}$|"' for loop in loops)
+    only = f'devices{{filter=[{accepted},"r|.*|"] use_devicesfile=0}}'
+    common = ("--driverloaded", "n", "--config", only, "--noheadings", "--units", "b", "--nosuffix")
+    told = run("pvs", *common, "-o", "pv_name,pe_start,vg_extent_size")
+    starts = {
+        name: (int(start), int(size)) for name, start, size in map(str.split, told.splitlines())
+    }
+    columns = "lv_name,seg_start,seg_size,stripe_size,seg_pe_ranges"
+    told = run("lvs", *common, "--segments", "-O", "lv_name,seg_start", "-o", columns)
+    found: dict[str, list[Laid]] = {}
+    for name, _, size, chunk, *ranges in map(str.split, told.splitlines()):
+        places: list[tuple[str, int]] = []
+        for loop, _, extents in (each.partition(":") for each in ranges):
+            start, extent = starts[loop]
+            places.append((loop, start + int(extents.split("-")[0]) * extent))
+        found.setdefault(name, []).append(Laid(int(size), places, int(chunk) or int(size)))
+    return found
+
+
+def lay(
+    source: Path, layout: Sequence[Laid], disks: Mapping[str, Path], starts: Mapping[str, int]
+) -> None:
+    """Write a volume into the disks behind loop devices that begin at ``starts`` of them."""
+    with source.open("rb") as file:
+        for loop, at, count in _in_order(layout):
+            data = file.read(count)
+            if not data.strip(b"\0"):
+                continue
+            with disks[loop].open("r+b") as disk:
+                disk.seek(starts[loop] + at)
+                disk.write(data)
+
+
+def _in_order(layout: Sequence[Laid]) -> Iterator[tuple[str, int, int]]:
+    for segment in layout:
+        for number in range(segment.size // segment.chunk):
+            row, column = divmod(number, len(segment.columns))
+            loop, first = segment.columns[column]
+            yield loop, first + row * segment.chunk, segment.chunk

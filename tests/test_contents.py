@@ -6,7 +6,7 @@ import pytest
 
 from cbtfs import contents
 from cbtfs.contents import Found, Image, Probe, Region
-from cbtfs.volumes import Group, Member, Piece, Volume
+from cbtfs.volumes import Group, Member, Piece, Stripes, Volume
 
 MiB = 1 << 20
 IMAGE = Image("xvda", "xvda", "/store/xvda.raw", 100 * MiB)
@@ -47,18 +47,19 @@ def test_volume_is_where_its_physical_volume_is() -> None:
     root = Volume("root", (Piece("a", MiB, MiB),))
     partition = replace(WHOLE, label="xvda2", offset=10 * MiB, size=50 * MiB, partition=2)
 
-    (found,), skipped = contents.volumes([(partition, member("a", root))])
+    told = contents.volumes([(partition, member("a", root))])
 
+    (found,) = told.regions
     assert (found.label, found.offset, found.size) == ("xvda-root", 11 * MiB, MiB)
     assert (found.partition, found.volume) == (2, "vg/root")
-    assert not skipped
+    assert not told.skipped
 
 
 def test_newest_text_of_a_group_counts_once() -> None:
     old = member("a", Volume("old", (Piece("a", MiB, MiB),)), seqno=1)
     new = member("b", Volume("new", (Piece("a", MiB, MiB),)), seqno=2)
 
-    (found,), _ = contents.volumes([(WHOLE, old), (TWIN, new)])
+    (found,) = contents.volumes([(WHOLE, old), (TWIN, new)]).regions
 
     assert (found.label, found.volume) == ("xvda-new", "vg/new")
 
@@ -67,18 +68,23 @@ def test_newest_text_of_a_group_counts_once() -> None:
     ("volume", "why"),
     [
         (Volume("v", kind="thin"), "of the kind thin"),
-        (Volume("v", (Piece("a", 0, MiB), Piece("b", 0, MiB))), "in 2 pieces"),
+        (Volume("v", (Piece("a", 0, MiB), Piece("gone", 0, MiB))), "on another disk"),
+        (Volume("v", (Piece("a", 0, MiB), Piece("b", 0, 101 * MiB))), "beyond the end"),
+        (Volume("v", (Piece("a", 0, MiB), Piece("b", 0, 0))), "beyond the end"),
+        (Volume("v", (Stripes((Piece("a", 0, MiB), Piece("b", 0, MiB)), 0),)), "do not add up"),
+        (Volume("v", (Stripes((Piece("a", 0, MiB), Piece("b", 0, MiB)), 3072),)), "do not add"),
+        (Volume("v", tuple(Piece("b", 2 * i, 1) for i in range(5000))), "in 5000 pieces"),
         (Volume("v", (Piece("gone", 0, MiB),)), "on another disk"),
         (Volume("v", (Piece("a", 99 * MiB, 2 * MiB),)), "beyond the end"),
         (Volume("v"), "in 0 pieces"),
     ],
 )
 def test_volume_that_is_no_range_is_left_alone(volume: Volume, why: str) -> None:
-    regions, (skipped,) = contents.volumes(
-        [(WHOLE, member("a", volume)), (TWIN, Member("b", None))]
-    )
+    found = contents.volumes([(WHOLE, member("a", volume)), (TWIN, Member("b", None))])
 
-    assert not regions
+    assert not found.regions
+    assert not found.spread
+    (skipped,) = found.skipped
     assert why in skipped.why
     assert str(skipped).endswith(f'; see "LVM" in {contents.RECIPES}')
 
@@ -86,10 +92,10 @@ def test_volume_that_is_no_range_is_left_alone(volume: Volume, why: str) -> None
 def test_disks_that_are_copies_of_each_other_are_left_alone() -> None:
     root = Volume("root", (Piece("a", MiB, MiB),))
 
-    regions, (skipped,) = contents.volumes([(WHOLE, member("a", root)), (TWIN, member("a", root))])
+    found = contents.volumes([(WHOLE, member("a", root)), (TWIN, member("a", root))])
 
-    assert not regions
-    assert "copies" in skipped.why
+    assert not found.regions
+    assert "copies" in found.skipped[0].why
 
 
 def test_volumes_of_one_name_are_told_apart() -> None:
@@ -97,11 +103,39 @@ def test_volumes_of_one_name_are_told_apart() -> None:
     second = Volume("root", (Piece("b", MiB, MiB),))
     upper = replace(WHOLE, label="xvda2", offset=50 * MiB, size=50 * MiB)
 
-    regions, _ = contents.volumes(
+    found = contents.volumes(
         [(WHOLE, member("a", root)), (upper, member("b", second, group="vg2"))]
     )
 
-    assert [region.label for region in regions] == ["xvda-vg-root", "xvda-vg2-root"]
+    assert [region.label for region in found.regions] == ["xvda-vg-root", "xvda-vg2-root"]
+
+
+def test_volume_in_several_pieces_is_a_table() -> None:
+    stripes = Stripes((Piece("a", 5 * MiB, MiB), Piece("b", 6 * MiB, MiB)), 65536)
+    data = Volume("data", (Piece("b", MiB, 2 * MiB), stripes))
+    partition = replace(WHOLE, label="xvda2", offset=10 * MiB, size=50 * MiB, partition=2)
+
+    found = contents.volumes([(partition, member("a", data)), (TWIN, Member("b", None))])
+
+    (spread,) = found.spread
+    assert list(spread.table.lines([0, 1])) == [
+        "0 4096 linear 0 2048",
+        "4096 4096 striped 2 128 1 30720 0 12288",
+    ]
+    assert spread.images == (OTHER, IMAGE)
+    region = spread.region("/run/x")
+    assert (region.label, region.volume, region.size) == ("xvdb-data", "vg/data", 4 * MiB)
+    assert (region.image.path, region.devices) == ("/run/x", ("xvdb", "xvda"))
+    assert not found.regions + found.skipped
+
+
+def test_pieces_of_all_volumes_together_are_limited() -> None:
+    many = [Volume(name, tuple(Piece("a", 1024 * i, 512) for i in range(2000))) for name in "abc"]
+
+    found = contents.volumes([(WHOLE, member("a", *many))])
+
+    assert [spread.volume for spread in found.spread] == ["vg/a", "vg/b"]
+    assert [skipped.why for skipped in found.skipped] == ["is a volume of LVM in 2000 pieces"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """``open`` and ``close`` of disks as guests make them: the real command, tools and kernel."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from .program import Program, untouched_process
 from .simulated import RunningPool
 
 RECIPES = Path(__file__).parent.parent / "contrib/docs/restore-files.md"
+SYSTEM = "/usr/sbin:/sbin:/usr/bin:/bin"
 TOOLS = ("sfdisk", "mkfs.xfs", "mkfs.btrfs", "mkfs.vfat", "mkntfs")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
@@ -94,10 +98,14 @@ def test_open_shows_the_files_and_close_leaves_nothing(
     store.run("verify", linux)
 
 
-def test_commands_that_are_told_can_be_pasted(store: MadeStore, linux: str, place: Path) -> None:
+@pytest.mark.parametrize(("point", "folder"), [("linux", "xvda5"), ("spread", "xvda-fast")])
+def test_commands_that_are_told_can_be_pasted(
+    store: MadeStore, place: Path, request: pytest.FixtureRequest, point: str, folder: str
+) -> None:
+    made = str(request.getfixturevalue(point))
     told = [
         line.removeprefix("+ ")
-        for line in store.run("open", linux, place).stderr.splitlines()
+        for line in store.run("open", made, place).stderr.splitlines()
         if line.startswith("+ ")
     ]
     undone = [
@@ -107,9 +115,11 @@ def test_commands_that_are_told_can_be_pasted(store: MadeStore, linux: str, plac
     ]
     place.rmdir()
 
-    run("sh", "-e", given="\n".join(told))
+    await_end_of_joiners(store)
+    # without -e: blkid fails where it finds nothing
+    run("sh", given="\n".join(told))
 
-    assert {**FILES}.items() <= tree(place / "xvda5").items()
+    assert {**FILES}.items() <= tree(place / folder).items()
     run("sh", "-e", given="\n".join(undone))
     assert store.is_untouched(place)
 
@@ -168,49 +178,172 @@ def test_every_file_system_that_this_machine_knows(
     store.run("verify", point)
 
 
-def test_volumes_of_lvm_over_two_disks(store: MadeStore, place: Path, tmp_path: Path) -> None:
-    """``root`` and ``small`` are in one piece each; ``span`` is not, and has the recipe."""
-    if shutil.which("lvcreate", path="/usr/sbin:/sbin:/usr/bin") is None:
-        pytest.skip("needs lvm2: contrib/setup --test installs it")
-    disk = partitioned(tmp_path / "a", size=81 * MiB, table="label: gpt\nstart=2048\n")
-    other = blank(tmp_path / "b", size=80 * MiB)
-    loops = [
-        run("losetup", "--find", "--show", "--offset", str(at), path).strip()
-        for path, at in ((disk, MiB), (other, 0))
-    ]
-    try:
-        disks_made.lvm(
-            loops,
-            f"pvcreate {' '.join(loops)}",
-            f"vgcreate -s 4M vg {' '.join(loops)}",
-            f"lvcreate -an -Zn -Wn -y -L 16M -n root vg {loops[0]}",
-            f"lvcreate -an -Zn -Wn -y -L 16M -n small vg {loops[1]}",
-            "lvcreate -an -Zn -Wn -y -l 100%FREE -n span vg",
-        )
-        told = run("pvs", "--driverloaded", "n", "--noheadings", "-o", "pe_start", "--units", "b",
-                   "--nosuffix", "--config", "devices{use_devicesfile=0}", loops[0])  # fmt: skip
-    finally:
-        run("losetup", "--detach", *loops)
-    ext4 = file_system(tmp_path / "ext4", "ext4", size=16 * MiB)
-    put(disk, ext4, at=MiB + int(told))
-    put(other, ext4, at=int(told))
-    point = store.add({"xvda": disk, "xvdb": other})
+def test_volumes_of_lvm_over_two_disks(store: MadeStore, spread: str, place: Path) -> None:
+    """``root`` and ``small`` are in one piece each, the others not."""
+    document = store.json("open", spread, place)
 
-    document = store.json("open", point, place)
-
-    volumes = {m["volume"]: m["partition"] for m in items(document, "mounts")}
-    assert volumes == {"vg/root": 1, "vg/small": None}
-    assert {**FILES}.items() <= tree(place / "xvda-root").items()
-    assert {**FILES}.items() <= tree(place / "xvdb-small").items()
+    volumes = {m["volume"]: (m["partition"], m["devices"]) for m in items(document, "mounts")}
+    assert volumes == {
+        "vg/root": (1, ["xvda"]),
+        "vg/small": (None, ["xvdb"]),
+        "vg/span": (None, ["xvda", "xvdb"]),
+        "vg/fast": (None, ["xvda", "xvdb"]),
+        "one/grown": (None, ["xvdc"]),
+    }
+    for name in ("xvda-root", "xvdb-small", "xvda-span", "xvda-fast", "xvdc-grown"):
+        assert {**FILES}.items() <= tree(place / name).items()
     (left,) = items(document, "skipped")
-    assert left["why"] == "is a volume of LVM in 2 pieces"
-    assert left["recipe"] == f"{contents.RECIPES}: LVM"
+    assert left["name"] == "xvdc-fence"
+    assert len(joiners(store)) == 1
+    store.run("close", place)
+    assert store.is_untouched(place)
+    await_end_of_joiners(store)
+    store.run("verify", spread)
+
+    alone = store.json("open", f"{spread}/xvdb", place)
+    assert [m["volume"] for m in items(alone, "mounts")] == ["vg/small"]
+    assert {str(s["why"]) for s in items(alone, "skipped")} == {
+        "is a volume of LVM on another disk, or on one of two disks that are copies"
+    }
+    store.run("close", place)
+
+
+def test_volume_in_pieces_alone_on_its_disk(store: MadeStore, spread: str, place: Path) -> None:
+    done = store.run("open", f"{spread}/xvdc", place)
+
+    assert "xvdc, volume one/grown" in done.stdout
+    assert {**FILES}.items() <= tree(place).items()
+    with pytest.raises(OSError, match="Read-only"):
+        (place / "new").touch()
+    run("umount", place)  # by hand
+    await_end_of_joiners(store)
+    assert store.is_untouched(place)
+
+
+def test_volumes_in_pieces_keep_their_point_open(
+    store: MadeStore, spread: str, place: Path
+) -> None:
+    store.add({"xvda": store.image(spread, "xvdc")})
+    store.run("open", f"{spread}/xvdc", place)
+    before = reasons(store, spread)
+    store.run("close", place)
+    await_end_of_joiners(store)
+
+    assert "open" in " ".join(before)
+    assert "open" not in " ".join(reasons(store, spread))
+
+
+def test_process_that_died_can_be_closed(store: MadeStore, spread: str, place: Path) -> None:
+    store.run("open", f"{spread}/xvdc", place)
+    (joiner,) = joiners(store)
+    os.kill(joiner, signal.SIGKILL)
+    await_end_of_joiners(store)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        tree(place)
+    store.run("close", place)
+
+    assert store.is_untouched(place)
+
+
+@pytest.mark.parametrize("step", [3, 5, 6])
+def test_killed_open_of_a_volume_in_pieces_is_closed(
+    store: MadeStore, spread: str, place: Path, tmp_path: Path, step: int
+) -> None:
+    """SIGKILL hits before ``grown`` is looked at, before it is mounted, before its file goes.
+
+    (The two before are blkid of the disk and of ``fence``; the place for the files is there.)
+    """
+    Path("/run/cbtfs/volumes").mkdir(mode=0o700, parents=True, exist_ok=True)
+    names = ("mkdir", "mount", "umount", "blkid")
+    environ = saboteur(tmp_path, step=step, send="KILL", names=names)
+
+    done = store.run("open", f"{spread}/xvdc", place, status=None, environ=environ)
+    assert done.status in {0, -signal.SIGKILL}
+    closed = store.run("close", place, status=None, environ={})
+
+    assert closed.status in {0, 1}
+    assert closed.status == 0 or "is not open" in closed.stderr
+    assert store.is_untouched(place)
+    await_end_of_joiners(store)
+    assert "/run/cbtfs/volumes" not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_without_fuse_the_others_are_opened(
+    store: MadeStore, spread: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    document = store.json("open", spread, place)
+    refused = store.run("open", f"{spread}/xvdc", place.with_name("other"), status=1)
+
+    assert {m["volume"] for m in items(document, "mounts")} == {"vg/root", "vg/small"}
+    assert "is a volume of LVM in 3 pieces, which cannot be joined here" in refused.stderr
+    assert f'see "LVM" in {contents.RECIPES}' in refused.stderr
     store.run("close", place)
     assert store.is_untouched(place)
 
-    alone = store.json("open", f"{point}/xvdb", place)
-    assert [m["volume"] for m in items(alone, "mounts")] == ["vg/small"]
-    store.run("close", place)
+
+@pytest.fixture(scope="module")
+def spread(store: MadeStore, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A point: volumes over two disks, linear and striped, and in three pieces of a third.
+
+    LVM's own tools made them, and tell where each extent lies.
+    """
+    if shutil.which("lvcreate", path="/usr/sbin:/sbin:/usr/bin") is None:
+        pytest.skip("needs lvm2: contrib/setup --test installs it")
+    scratch = tmp_path_factory.mktemp("spread")
+    first = partitioned(scratch / "a", size=201 * MiB, table="label: gpt\nstart=2048\n")
+    disks = {"xvda": first, "xvdb": blank(scratch / "b", size=200 * MiB)}
+    disks["xvdc"] = blank(scratch / "c", size=40 * MiB)
+    with disks_made.loops(disks.values(), offsets=[MiB, 0, 0]) as (one, two, three):
+        make = "lvcreate -an -Zn -Wn -y"
+        disks_made.lvm(
+            [one, two, three],
+            f"pvcreate {one} {two} {three}",
+            f"vgcreate -s 4M vg {one} {two}",
+            f"{make} -L 16M -n root vg {one}",
+            f"{make} -L 16M -n small vg {two}",
+            f"{make} -L 304M -i 2 -I 64k -n fast vg",
+            f"{make} -l 100%FREE -n span vg",
+            f"vgcreate -s 1M one {three}",
+            f"{make} -L 4M -n grown one {three}:20-",
+            f"{make} -L 2M -n fence one {three}:24-",
+            f"lvextend -L +3M one/grown {three}:3-",
+            f"lvextend -L +9M one/grown {three}:28-",
+        )
+        layouts = disks_made.layouts([one, two, three])
+    names = {one: first, two: disks["xvdb"], three: disks["xvdc"]}
+    starts = {one: MiB, two: 0, three: 0}
+    assert {name: len(layout) for name, layout in layouts.items()} == {
+        "root": 1, "small": 1, "fast": 1, "span": 2, "grown": 3, "fence": 1
+    }  # fmt: skip
+    for name, layout in layouts.items():
+        if name != "fence":
+            kind = "xfs" if name == "fast" else "ext4"
+            size = sum(segment.size for segment in layout)
+            disks_made.lay(file_system(scratch / name, kind, size=size), layout, names, starts)
+    return store.add(disks)
+
+
+def joiners(store: MadeStore) -> list[int]:
+    """Return the processes that show volumes of this store in one piece."""
+    found: list[int] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes()
+            if b"cbtfs.joined" in words and os.fsencode(store.path) in words:
+                found.append(int(process.name))
+    return found
+
+
+def await_end_of_joiners(store: MadeStore) -> None:
+    """Wait until there are none; they end by themselves."""
+    until = time.monotonic() + 5
+    while joiners(store):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 # ── Refusals ──
@@ -471,14 +604,21 @@ def test_close_waits_for_a_mount_that_outlives_its_open(
     assert store.is_untouched(place)
 
 
-def saboteur(folder: Path, *, step: int, send: str, pause: float = 0) -> dict[str, str]:
-    """Return an environment in which the ``step``-th mkdir or mount sends its parent a signal.
+def saboteur(
+    folder: Path,
+    *,
+    step: int,
+    send: str,
+    pause: float = 0,
+    names: Sequence[str] = ("mkdir", "mount"),
+) -> dict[str, str]:
+    """Return an environment in which the ``step``-th of these tools sends its parent a signal.
 
     It then goes on, after ``pause`` seconds.
     """
     tools = folder / "tools"
     tools.mkdir()
-    for name in ("mkdir", "mount"):
+    for name in names:
         lines = [
             "#!/bin/sh",
             f"echo >>{tools}/count",
@@ -486,7 +626,7 @@ def saboteur(folder: Path, *, step: int, send: str, pause: float = 0) -> dict[st
             f"    kill -{send} $PPID",
             f"    sleep {pause}",
             "fi",
-            f'exec {shutil.which(name)} "$@"',
+            f'exec {shutil.which(name, path=SYSTEM)} "$@"',
         ]
         (tools / name).write_text("\n".join(lines) + "\n")
         (tools / name).chmod(0o755)

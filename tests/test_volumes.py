@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from cbtfs import errors, volumes
 from cbtfs.simulator import lvm
-from cbtfs.volumes import Member, Piece, Volume
+from cbtfs.volumes import Member, Piece, Stripes, Volume
 
 MiB = 1 << 20
 SIZE = 64 * MiB
@@ -44,6 +44,13 @@ def volume(*segments: str, name: str = "root", status: str = '"READ", "VISIBLE"'
     return f"{name} {{ status = [{status}] segment_count = {len(segments)} {''.join(segments)} }}"
 
 
+STRIPES = (
+    'segment1 { start_extent = 0 extent_count = 6 type = "striped" stripe_count = 2'
+    ' stripe_size = 128 stripes = [ "pv0", 0, "pv1", 3 ] }\n'
+)
+STRIPED = volume(STRIPES)
+
+
 def parsed(*texts: str) -> tuple[Volume, ...]:
     return volumes.parse(TEXT.replace("VOLUMES", "\n".join(texts))).volumes
 
@@ -60,6 +67,13 @@ def test_pieces_on_two_disks_stay_apart() -> None:
     assert found.pieces == (Piece(ONE, MiB, 12 * MiB), Piece(TWO, 14 * MiB, 4 * MiB))
 
 
+def test_stripes_take_turns() -> None:
+    (found,) = parsed(volume(STRIPES, segment(2, 6, 1, '"pv0", 3')))
+
+    columns = (Piece(ONE, MiB, 12 * MiB), Piece(TWO, 14 * MiB, 12 * MiB))
+    assert found.pieces == (Stripes(columns, 65536), Piece(ONE, 13 * MiB, 4 * MiB))
+
+
 def test_other_kinds_are_named_and_internal_volumes_left_out() -> None:
     hidden = volume(segment(1, 0, 1, '"pv0", 0'), name="pool_tdata", status='"READ"')
 
@@ -73,7 +87,14 @@ def test_other_kinds_are_named_and_internal_volumes_left_out() -> None:
     [
         (volume(segment(1, 1, 3, '"pv0", 0')), "with a gap"),
         (volume(segment(1, 0, 3, '"pv9", 0')), "do not describe"),
-        (volume(segment(1, 0, 3, '"pv0"')), "do not describe"),
+        (volume(segment(1, 0, 3, '"pv0"')), "do not add up"),
+        (volume(segment(1, 0, 3, '"pv0", 0, "pv1", 0')), "do not add up"),
+        (volume(segment(1, 0, 3, '"pv0", "pv1"')), "do not describe"),
+        (volume(segment(1, 0, 3, "0, 0")), "do not describe"),
+        (STRIPED.replace("= 6", "= 7"), "do not add up"),
+        (STRIPED.replace("count = 2", "count = 0"), "do not add up"),
+        (STRIPED.replace("count = 2", "count = 999999999999"), "do not add up"),
+        (STRIPED.replace("stripe_size = 128", ""), "lack stripe_size"),
         (volume(segment(1, 0, 3, '"pv0", 0'), name="../etc"), "have the name '../etc'"),
         (volume(segment(1, 0, 3, '"pv0", 0'), name="-o"), "have the name '-o'"),
         ('root { status = ["VISIBLE"] segment_count = 99999999999 }', "with a gap"),

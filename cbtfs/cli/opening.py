@@ -105,6 +105,8 @@ def _print(result: Opened, options: Globals) -> None:
 
 def _origin(mount: Mount) -> str:
     region = mount.region
+    if region.devices:
+        return f"{' and '.join(region.devices)}, volume {region.volume}"
     if region.volume:
         return f"{region.image.device}, volume {region.volume}"
     whole = region.partition is None
@@ -117,6 +119,7 @@ def _document(result: Opened) -> dict[str, object]:
         "mounts": [
             {
                 "device": mount.region.image.device,
+                "devices": mount.region.devices or [mount.region.image.device],
                 "partition": mount.region.partition,
                 "volume": mount.region.volume,
                 "fstype": mount.type,
