@@ -160,7 +160,7 @@ def _opened(path: str) -> int:
 
 
 def _leave() -> None:
-    """Let go of what whoever started this waits for: his terminal, his pipes, his lock."""
+    """Let go of what whoever started this waits for: a terminal, pipes, a lock."""
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
