@@ -181,6 +181,26 @@ class ChangeBitmap:
                 count -= 1
 
 
+class Marks:
+    """Blocks of a disk of ``size`` bytes that are marked one run after another, in any order."""
+
+    def __init__(self, *, size: int) -> None:
+        self.size = size
+        self._bits: bitarray | None = None  # memory only for what is marked: mostly nothing is
+
+    def add(self, start: int, stop: int) -> None:
+        """Mark the blocks that have one of the bytes ``start`` to ``stop``."""
+        if self._bits is None:
+            self._bits = _clear(-(-self.size // CBT_BLOCK))
+        self._bits[start // CBT_BLOCK : -(-stop // CBT_BLOCK)] = 1
+
+    def bitmap(self) -> ChangeBitmap:
+        """Return what is marked; nothing more may be marked afterwards."""
+        if self._bits is None:
+            return ChangeBitmap.of_extents((), size=self.size)
+        return ChangeBitmap(memoryview(self._bits), size=self.size)
+
+
 def _clear(blocks: int) -> bitarray:
     bits = bitarray(blocks + -blocks % 8, endian="big")
     bits.setall(0)

@@ -20,7 +20,7 @@ from functools import cache
 import msgspec
 import trio
 
-from . import disks, errors, leftovers, process, target as targets, tasks
+from . import errors, instant, leftovers, process, target as targets, tasks
 from .inventory import Inventory
 from .leftovers import Findings, Folder, Judge, Kind, Partial, PoolTask, Shelf, Thing, Wish
 from .owner import Owned, read_task, time_of_run
@@ -234,7 +234,7 @@ class _Cleaner:
     async def _abandon(self, store: Store, thing: Thing) -> None:
         """Remove a partial point, after what it asked the pool for, tagged or not."""
         owner = msgspec.structs.replace(
-            disks.owned(leftovers.BASE), store=store.uuid, vm=thing.key, point=thing.time
+            instant.owned(leftovers.BASE), store=store.uuid, vm=thing.key, point=thing.time
         )
         if self._pool is not None and thing.ref:
             for name in thing.snapshots:

@@ -2,11 +2,12 @@
 
 A damaged image keeps its place (most of it may be needed one day), but is never a base again: that
 is what ``damaged.json`` in its point says. The record of a disk lives until a later check of the
-same disk finds nothing, which proves every byte of it right.
+same disk finds nothing, which proves every byte of it right. It has a part of its own for blocks
+that are not as the pool has them: image and digests may agree there, so a check of the image alone
+leaves that part as it is.
 """
 
 import errno
-import math
 import os
 import threading
 from collections import deque
@@ -14,7 +15,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
 from random import Random, SystemRandom
 
 import msgspec
@@ -69,6 +69,23 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True)
+class Disagreement:
+    """What of an image is not as the pool has it.
+
+    Attributes:
+        blocks: how many blocks differ.
+        zeros: how many of them are zeros in the pool, and hold data in the image.
+        extents: where, in bytes; at most the first 1000 of them.
+        sampled: whether only a sample was compared.
+    """
+
+    blocks: int = 0
+    zeros: int = 0
+    extents: tuple[Extent, ...] = ()
+    sampled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Scope:
     """What of an image to compare; all of it by default.
 
@@ -83,6 +100,11 @@ class Scope:
     only: Sequence[Extent] | None = None
     kept: int | None = None
     rng: Random = field(default_factory=SystemRandom)
+
+    def drawn(self, found: Iterable[Extent], length: int) -> Iterator[Extent]:
+        """Yield the blocks to compare of those in ``found``, which are ``length`` bytes."""
+        blocks = -(-length // digests.BLOCK)
+        return extents.drawn(found, blocks, size=digests.BLOCK, share=self.share, rng=self.rng)
 
 
 def find(
@@ -166,7 +188,7 @@ class _Check:
         chosen: Iterable[Extent] = self._scope.only or ()
         if self._scope.only is None:
             of = extents.total(self._suspects())
-            chosen = _drawn(self._suspects(), -(-of // digests.BLOCK), self._scope)
+            chosen = self._scope.drawn(self._suspects(), of)
         checked = 0
         with closing(self._results(chosen)) as results:
             for piece, bad in results:
@@ -231,28 +253,6 @@ class _Check:
                 self._extents.append(extent)
 
 
-def _drawn(suspects: Iterator[Extent], blocks: int, scope: Scope) -> Iterator[Extent]:
-    """Yield a share of the ``blocks`` in ``suspects``, each as likely as any other, in order.
-
-    ::
-
-        block     | 0  1  2 | 3  4  5  6 | 7  8  9 |      as many parts as blocks are wanted
-        drawn             2   3                 8         one of each part
-    """
-    wanted = math.ceil(scope.share * blocks)
-    bounds = (part * blocks // wanted for part in range(1, wanted + 1))
-    numbers = (scope.rng.randrange(low, high) for low, high in pairwise(chain([0], bounds)))
-    number = next(numbers, blocks)
-    gone = 0
-    for start, stop in suspects:
-        count = -(-(stop - start) // digests.BLOCK)
-        while number < gone + count:
-            at = start + (number - gone) * digests.BLOCK
-            yield Extent(at, min(at + digests.BLOCK, stop))
-            number = next(numbers, blocks)
-        gone += count
-
-
 def _entry(array: bytes, index: int) -> bytes:
     return array[index * digests.LENGTH : (index + 1) * digests.LENGTH]
 
@@ -260,13 +260,26 @@ def _entry(array: bytes, index: int) -> bytes:
 # ── The record ───────────────────────────────────────────────────────────────────────────────
 
 
+class PoolDamage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the record says of blocks that are not as the pool has them; see ``Disagreement``."""
+
+    found: str
+    blocks: int
+    zeros: int = 0
+    extents: tuple[tuple[int, int], ...] = ()
+
+
 class DiskDamage(msgspec.Struct, frozen=True, kw_only=True):
-    """What the record says of one disk; ``found`` is an ISO time, extents are in bytes."""
+    """What the record says of one disk; ``found`` is an ISO time, extents are in bytes.
+
+    ``found`` is "" if the image agrees with its digests, and only ``pool`` says what is wrong.
+    """
 
     found: str
     problem: str = ""
     blocks: int = 0
     extents: tuple[tuple[int, int], ...] = ()
+    pool: PoolDamage | None = None
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -283,10 +296,20 @@ def recorded(point: Folder) -> frozenset[str]:
     return frozenset(_read_record(point))
 
 
+def by_pool(point: Folder) -> Mapping[str, PoolDamage]:
+    """Return what the record of a point says of blocks that are not as the pool has them."""
+    return {
+        device: known.pool
+        for device, known in _read_record(point).items()
+        if known.pool is not None
+    }
+
+
 def record(point: Folder, device: str, damage: Damage, *, now: str) -> None:
     """Make the record of a point say what was found on ``device``: damage, or nothing any more.
 
-    What a sample finds is added to the record; if it finds nothing, the record stays as it is.
+    What a sample finds is added to the record; if it finds nothing, the record stays as it is. So
+    does what it says of the pool.
 
     The caller holds a lock that keeps others from the record. ``now`` is an ISO time.
 
@@ -294,17 +317,93 @@ def record(point: Folder, device: str, damage: Damage, *, now: str) -> None:
         StoreError: the record must change and cannot be written.
     """
     disks = dict(_read_record(point))
+    known = disks.get(device)
     if damage.found:
         found = DiskDamage(
             found=now,
             problem=damage.problem,
             blocks=damage.blocks,
             extents=tuple((e.start, e.stop) for e in damage.extents),
+            pool=known.pool if known is not None else None,
         )
-        before = disks.get(device) if damage.sampled else None
+        before = known if damage.sampled else None
         disks[device] = found if before is None else _joined(before, found)
-    elif damage.sampled or disks.pop(device, None) is None:
+    elif damage.sampled or known is None or (known.pool is not None and not known.found):
         return
+    elif known.pool is not None:
+        disks[device] = DiskDamage(found="", pool=known.pool)
+    else:
+        del disks[device]
+    _write_record(point, disks)
+
+
+def record_pool(
+    point: Folder,
+    device: str,
+    found: Disagreement,
+    *,
+    unproven: Callable[[Sequence[Extent]], Iterator[Extent]],
+    now: str,
+) -> None:
+    """Make the record of a point say what of ``device`` is not as the pool has it, or nothing.
+
+    What was on record before stays unless it was compared anew; a sample compares nothing anew.
+
+    Args:
+        point: of the image.
+        device: the disk.
+        found: what a comparison with the pool found.
+        unproven: tells what of some blocks the comparison did not reach.
+        now: an ISO time.
+
+    Raises:
+        StoreError: the record must change and cannot be written.
+    """
+    disks = dict(_read_record(point))
+    known = disks.get(device) or DiskDamage(found="")
+    pool = _joined_pool(known.pool, found, unproven=unproven, now=now)
+    if pool == known.pool:
+        return
+    disks[device] = msgspec.structs.replace(known, pool=pool)
+    if pool is None and not known.found:
+        del disks[device]
+    _write_record(point, disks)
+
+
+def _joined_pool(
+    before: PoolDamage | None,
+    found: Disagreement,
+    *,
+    unproven: Callable[[Sequence[Extent]], Iterator[Extent]],
+    now: str,
+) -> PoolDamage | None:
+    """Return what is on record after ``found``; blocks that are not named cannot be cleared."""
+    left = [Extent(*e) for e in before.extents] if before else []
+    unnamed = before.blocks - _blocks_in(left) if before else 0
+    if left and not found.sampled:
+        left = list(unproven(left))
+    if unnamed and not found.sampled and next(unproven([_EVERYTHING]), None) is None:
+        unnamed = 0
+    merged = list(extents.merge(sorted((*left, *found.extents))))
+    beyond = found.blocks - _blocks_in(found.extents)
+    blocks = _blocks_in(merged) + max(unnamed, beyond)
+    if not blocks:
+        return None
+    if before is not None and not found.blocks and blocks == before.blocks:
+        return before
+    zeros = max(found.zeros, before.zeros if before and (found.sampled or left) else 0)
+    named = tuple((e.start, e.stop) for e in merged[:KEPT_EXTENTS])
+    return PoolDamage(found=now, blocks=blocks, zeros=min(zeros, blocks), extents=named)
+
+
+_EVERYTHING = Extent(0, 1 << 62)
+
+
+def _blocks_in(named: Iterable[Extent]) -> int:
+    return sum(-(-(stop - start) // digests.BLOCK) for start, stop in named)
+
+
+def _write_record(point: Folder, disks: Mapping[str, DiskDamage]) -> None:
     if disks:
         content = msgspec.json.format(msgspec.json.encode(_Record(disks=disks)))
         point.write(RECORD, content + b"\n")
@@ -323,6 +422,7 @@ def _joined(before: DiskDamage, found: DiskDamage) -> DiskDamage:
         problem=found.problem or before.problem,
         blocks=before.blocks + found.blocks - -(-twice // digests.BLOCK),
         extents=tuple((e.start, e.stop) for e in merged[:KEPT_EXTENTS]),
+        pool=found.pool,
     )
 
 

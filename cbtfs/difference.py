@@ -48,7 +48,8 @@ class DigestArray:
         disk: the disk's record in it.
 
     Attributes:
-        size: of the disk in bytes.
+        disk: the same.
+        size: of it in bytes.
 
     Raises:
         ImageDamaged: they are missing, or not as committed.
@@ -56,6 +57,7 @@ class DigestArray:
     """
 
     def __init__(self, folder: Folder, disk: DiskPoint) -> None:
+        self.disk = disk
         self.size = disk.size
         self._path = folder.path / disk.digests
         files = ImageFiles(folder, disk.file, disk.digests)
@@ -106,6 +108,24 @@ class DigestArray:
         length = max(stop - where.start, 0)
         with told("read", self._path), imagefiles.readable(self._path):
             return sparse.read_all(self._fd, length, where.start).ljust(where.length, b"\0")
+
+    def digests_of(self, start: int, stop: int) -> bytes:
+        """Return the digests of the blocks from ``start`` to ``stop``, in bytes of the disk.
+
+        Beyond the end of the disk all is zero.
+
+        Raises:
+            ImageDamaged: they cannot be read.
+        """
+        return self.read(Extent(digests.entry(start), digests.entry(stop)))
+
+    def data(self) -> Iterator[Extent]:
+        """Yield the parts of the disk that hold data, in bytes, in whole blocks.
+
+        Raises:
+            ImageDamaged: the digests cannot be read.
+        """
+        return between(NoDigests(), self)
 
 
 class NoDigests:

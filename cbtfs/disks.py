@@ -36,41 +36,25 @@ from typing import Protocol, cast
 
 import trio
 
-from . import errors, process
+from . import errors, instant, process
 from .bitmap import ChangeBitmap
 from .connections import CLOSE_LIMIT, LIMIT, Connections, Exporter, Use
 from .extents import Extent
 from .holes import REST, WORTH, Holes, Teller
-from .inventory import VDI, Inventory, Owned, read_owner
+from .instant import DESTROY_LIMIT, ROLE
+from .inventory import VDI, Inventory, read_owner
 
 log = logging.getLogger(__name__)
 
 LINGER = 60.0
 """Seconds that connections and temporary snapshots stay after the last close, by default."""
 
-SNAPSHOT_LIMIT = 300.0
-"""Seconds that a pool gets to take a snapshot: its SR may be busy with others of the same kind."""
-
-DESTROY_LIMIT = 60.0
-"""Seconds that a pool gets to destroy one; after that the next mount does it."""
-
 TRIES = 3
 """How often a read is tried, each time on a fresh connection, before it fails."""
 
-ROLE = "live"
-"""Role of temporary snapshots in their owner tag."""
 
-
-class Pool(Exporter, Teller, Protocol):
+class Pool(Exporter, Teller, instant.Pool, Protocol):
     """What is needed of a pool."""
-
-    async def snapshot_vdi(self, vdi_ref: str, *, name: str, owner: Owned) -> str:
-        """Snapshot a VDI, tag the snapshot as ours, and return its reference."""
-        ...
-
-    async def destroy_vdi(self, vdi_ref: str) -> None:
-        """Destroy a snapshot of ours."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,38 +366,22 @@ class Disks:
             raise errors.ExportError(f"VDI {vdi.uuid} has no data to read (type {vdi.type})")
         if vdi.is_a_snapshot:
             return vdi.ref
-        owner = owned(ROLE)
-        name = f"cbtfs: read by process {owner.pid} on {owner.host}"
         self._taking[vdi.ref] += 1
         try:
-            with trio.move_on_after(SNAPSHOT_LIMIT):
-                ref = await self._pool.snapshot_vdi(vdi.ref, name=name, owner=owner)
-                self._temporary.add(ref)
-                return ref
+            ref = await instant.take(self._pool, vdi)
+            self._temporary.add(ref)
+            return ref
         finally:
             self._taking[vdi.ref] -= 1
             self._taking += Counter()  # without what is 0 now
-        raise errors.PoolError(f"the snapshot of VDI {vdi.uuid} took over {SNAPSHOT_LIMIT:.0f} s")
 
     async def _drop(self, vdi: VDI, ref: str) -> None:
         """Close the connection, and destroy the snapshot if it is a temporary one."""
         await self._connections.close(ref)
         if vdi.is_a_snapshot:
             return
-        try:
-            with trio.fail_after(DESTROY_LIMIT):
-                await self._pool.destroy_vdi(ref)
+        if await instant.destroy(self._pool, vdi, ref):
             self._temporary.discard(ref)
-        except (errors.CbtfsError, trio.TooSlowError) as error:
-            log.warning("the temporary snapshot of VDI %s stays for now: %s", vdi.uuid, error)
-
-
-def owned(role: str) -> Owned:
-    """Return the tag that this process puts on what it makes; bound to an object by the pool."""
-    me = process.this_process()
-    return Owned(
-        self_uuid="", role=role, host=me.host, pid=me.pid, boot=me.boot, starttime=me.starttime
-    )
 
 
 @asynccontextmanager

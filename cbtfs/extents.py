@@ -12,7 +12,10 @@ Rules of this file:
    longer than it must, and callers should not make lists either.
 """
 
+import math
 from collections.abc import Iterable, Iterator
+from itertools import chain, pairwise
+from random import Random
 from typing import NamedTuple
 
 
@@ -87,6 +90,58 @@ def complement(extents: Iterable[Extent], *, stop: int) -> Iterator[Extent]:
         free = max(free, extent.stop)
     if free < stop:
         yield Extent(free, stop)
+
+
+def common(one: Iterable[Extent], other: Iterable[Extent]) -> Iterator[Extent]:
+    """Yield what two sequences, each of disjoint extents, have both.
+
+    ::
+
+        one         |####|----|####|########|
+        other       |--####|----|####--|##--|
+        common      |--##|--|----|##|--|##--|
+    """
+    left, right = iter(one), iter(other)
+    a, b = next(left, None), next(right, None)
+    while a is not None and b is not None:
+        start, stop = max(a.start, b.start), min(a.stop, b.stop)
+        if start < stop:
+            yield Extent(start, stop)
+        if a.stop < b.stop:
+            a = next(left, None)
+        else:
+            b = next(right, None)
+
+
+def drawn(
+    extents: Iterable[Extent], blocks: int, *, size: int, share: float, rng: Random
+) -> Iterator[Extent]:
+    """Yield a share of the ``blocks`` in ``extents``, each as likely as any other, in order.
+
+    ::
+
+        block     | 0  1  2 | 3  4  5  6 | 7  8  9 |      as many parts as blocks are wanted
+        drawn             2   3                 8         one of each part
+
+    Args:
+        extents: block-aligned but for the end of the last.
+        blocks: how many these are.
+        size: of a block in bytes.
+        share: 0 to 1; at least one block is drawn, if there is any and this is not 0.
+        rng: draws them.
+    """
+    wanted = math.ceil(share * blocks)
+    bounds = (part * blocks // wanted for part in range(1, wanted + 1))
+    numbers = (rng.randrange(low, high) for low, high in pairwise(chain([0], bounds)))
+    number = next(numbers, blocks)
+    gone = 0
+    for start, stop in extents:
+        count = -(-(stop - start) // size)
+        while number < gone + count:
+            at = start + (number - gone) * size
+            yield Extent(at, min(at + size, stop))
+            number = next(numbers, blocks)
+        gone += count
 
 
 def total(extents: Iterable[Extent]) -> int:

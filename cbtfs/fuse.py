@@ -32,7 +32,8 @@ import trio
 
 from . import __version__, errors, maker as makers, units
 from .cache import Cache
-from .disks import Disks, Source, owned
+from .disks import Disks, Source
+from .instant import owned
 from .inventory import VDI, Inventory
 from .maker import Maker, refusals, valid_name
 from .pages import Pages

@@ -24,7 +24,8 @@ import msgspec
 import trio
 
 from . import divergence, errors, readback
-from .catalogue import DiskPoint
+from .bitmap import ChangeBitmap
+from .catalogue import DiskPoint, Reference
 from .chunks import Chunks
 from .committed import Committed
 from .inventory import VDI, VM, Inventory
@@ -156,12 +157,8 @@ class InPlace:
     async def differences(self, images: Images) -> list[tuple[DiskPoint, int, str]]:
         """Return for each disk the bytes that differ, and how that is known; nothing is written."""
         found: list[tuple[DiskPoint, int, str]] = []
-        for disk, image, _ in images.disks:
-            suspects = await self._suspects(disk, image)
-            vdi = vdi_of(self._inventory, disk)
-            blocks = await divergence.differing(
-                self._pool, vdi, image, suspects, advanced=lambda _: None
-            )
+        for disk, _, _ in images.disks:
+            suspects, blocks = await self._differing(disk)
             found.append((disk, blocks.changed_bytes, suspects.how))
         return found
 
@@ -191,21 +188,30 @@ class InPlace:
             raise self._error
         return [self._done[disk.device] for disk, _, _ in images.disks]
 
-    async def _suspects(self, disk: DiskPoint, image: Committed) -> divergence.Suspects:
-        later = divergence.find_later(self._store, self._inventory, self._goal.point, disk)
-        vdi = vdi_of(self._inventory, disk)
-        return await divergence.suspects(self._pool, self._store, vdi, image, later)
+    async def _differing(
+        self, disk: DiskPoint, *, key: str = ""
+    ) -> tuple[divergence.Suspects, ChangeBitmap]:
+        """Return what was read of a disk, and which blocks differ; told under ``key``, if any."""
+        history, point = self._goal.point.history, self._goal.point.point
+
+        def started(found: divergence.Suspects) -> None:
+            if key:
+                self._progress.disk_started(
+                    key, method="restore", reason=found.how, total=found.blocks.changed_bytes
+                )
+
+        return await divergence.until_now(
+            self._pool,
+            self._store,
+            Reference(history, point, disk),
+            divergence.Live(self._inventory, vdi_of(self._inventory, disk), history),
+            started=started,
+            advanced=lambda count: self._progress.advanced(key, read=count, written=0),
+        )
 
     async def _one(self, disk: DiskPoint, image: Committed) -> Restored:
         key, begun, vdi = self._key(disk), time.monotonic(), vdi_of(self._inventory, disk)
-        suspects = await self._suspects(disk, image)
-        self._progress.disk_started(
-            key, method="restore", reason=suspects.how, total=suspects.blocks.changed_bytes
-        )
-        blocks = await divergence.differing(
-            self._pool, vdi, image, suspects,
-            advanced=lambda count: self._progress.advanced(key, read=count, written=0),
-        )  # fmt: skip
+        suspects, blocks = await self._differing(disk, key=key)
         source = await trio.to_thread.run_sync(
             lambda: Chunks(
                 image,

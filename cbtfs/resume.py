@@ -18,7 +18,7 @@ from .catalogue import VMHistory
 from .inventory import VDI, VM, Inventory, read_owner
 from .journal import DiskJournal
 from .owner import Owned
-from .plan import Base, DiskPlan, Reason, VMPlan
+from .plan import Base, Damaged, DiskPlan, Reason, VMPlan
 from .snapshot import Snapshot
 from .stage import Intent, Leftover
 
@@ -32,7 +32,7 @@ class Resumption:
     plan: VMPlan
 
 
-def find(
+def find(  # noqa: PLR0913  # one keyword per fact that decides
     inventory: Inventory,
     target: VM | VDI,
     plan: VMPlan,
@@ -40,6 +40,7 @@ def find(
     *,
     store: str,
     history: VMHistory | None,
+    damaged: Damaged,
 ) -> Resumption | None:
     """Return the newest of ``leftovers`` that can be gone on with, None if none can.
 
@@ -50,10 +51,12 @@ def find(
         leftovers: of ended runs, oldest first.
         store: uuid of the store.
         history: the restore points there are.
+        damaged: tells which images cannot be built on.
     """
     latest = history.latest.time if history and history.latest else ""
     for leftover in reversed(leftovers):
-        begun = _begun(plan, leftover.journal)
+        begun_on = _less_damaged(leftover, damaged)
+        begun = _begun(plan, begun_on.journal)
         if leftover.intent is None or not begun or leftover.time <= latest:
             continue
         of_run = Owned(self_uuid="", role="base", store=store, vm=plan.vm_uuid, point=leftover.time)
@@ -62,9 +65,19 @@ def find(
             continue
         if not _lost(plan, snapshot, leftover.intent):
             return Resumption(
-                leftover, snapshot, _resumed(plan, leftover, snapshot, history=history)
+                leftover, snapshot, _resumed(plan, begun_on, snapshot, history=history)
             )
     return None
+
+
+def _less_damaged(leftover: Leftover, damaged: Damaged) -> Leftover:
+    """Return ``leftover`` without the disks that began as an image which was then found damaged."""
+    journal = {
+        device: entry
+        for device, entry in leftover.journal.items()
+        if not (entry.base and damaged(entry.base, device))
+    }
+    return replace(leftover, journal=journal)
 
 
 def _begun(plan: VMPlan, journal: Mapping[str, DiskJournal]) -> dict[str, DiskJournal]:

@@ -28,7 +28,7 @@ Rules of this file:
 import os
 import re
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,7 +52,8 @@ from . import (
     verified,
 )
 from .catalogue import Catalogue, DiskPoint, Point, Reference, VMHistory
-from .damage import Damage, Scope
+from .damage import Damage, Disagreement, PoolDamage, Scope
+from .extents import Extent
 from .folder import FOLDER_MODE, Folder, told
 from .imagefiles import ImageFiles
 from .retention import Facts
@@ -507,11 +508,48 @@ class Store:
         try:
             with lock.held(self._folder, wait=True):
                 damage.record(point, device, found, now=now)
-                verified.record(point, device, now="" if found.found else now)
+                whole = not found.found and device not in damage.recorded(point)
+                verified.record(point, device, now=now if whole else "")
         except errors.StoreError as exc:
             if found.found or damage.recorded(point):
                 return [f"the result for {device} is not on record: {exc}"]
         return []
+
+    def record_agreement(
+        self,
+        reference: Reference,
+        device: str,
+        found: Disagreement,
+        *,
+        unproven: Callable[[Sequence[Extent]], Iterator[Extent]],
+    ) -> list[str]:
+        """Put on record what of ``device`` is not as the pool has it; see ``damage.record_pool``.
+
+        Returns:
+            What prevents that, if it matters.
+
+        Raises:
+            StoreError: the point is gone.
+        """
+        now = _now()
+        with ExitStack() as stack:
+            point = stack.enter_context(
+                self.opened_point(reference.history.uuid, reference.point.time)
+            )
+            try:
+                stack.enter_context(lock.held(self._folder, wait=True))
+                damage.record_pool(point, device, found, unproven=unproven, now=now)
+                if device in damage.recorded(point):
+                    verified.record(point, device, now="")
+            except errors.StoreError as exc:
+                if found.blocks or damage.recorded(point):
+                    return [f"the result for {device} is not on record: {exc}"]
+        return []
+
+    def pool_damage(self, vm_uuid: str, time: str) -> Mapping[str, PoolDamage]:
+        """Return what of each disk of a point is on record as not what the pool has."""
+        with self.opened_point(vm_uuid, time) as point:
+            return damage.by_pool(point)
 
     def _vm(self, vm_uuid: str, *, create: bool = False) -> Folder:
         if not _VM_FOLDER.fullmatch(vm_uuid):

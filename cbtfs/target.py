@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from . import errors, plan as planning, resume
 from .catalogue import VMHistory
 from .inventory import VDI, VM, Inventory
-from .plan import VMPlan
+from .plan import Damaged, VMPlan
 from .process import Process
 from .resume import Resumption
 from .retention import Keep
@@ -81,8 +81,21 @@ def decide(
     plan = _plan_new(inventory, store, target, history=history, options=options)
     if options.full:
         return plan, None  # from the beginning, as asked
-    found = resume.find(inventory, target, plan, leftovers, store=store.uuid, history=history)
+    found = resume.find(
+        inventory, target, plan, leftovers, store=store.uuid, history=history,
+        damaged=_damaged(store, key_of(target), history),
+    )  # fmt: skip
     return plan, found
+
+
+def _damaged(store: Store | None, key: str, history: VMHistory | None) -> Damaged:
+    """Return what tells whether an image of the directory ``key`` was found damaged."""
+    times = {point.time for point in history.points} if history is not None else set[str]()
+
+    def damaged(time: str, device: str) -> bool:
+        return store is not None and time in times and device in store.damaged(key, time)
+
+    return damaged
 
 
 def _plan_new(
@@ -96,9 +109,7 @@ def _plan_new(
     """Return what to do with ``target`` in a new restore point."""
     key = key_of(target)
 
-    def damaged(time: str, device: str) -> bool:
-        return store is not None and device in store.damaged(key, time)
-
+    damaged = _damaged(store, key, history)
     identity = store.uuid if store is not None else ""
     if isinstance(target, VM):
         return planning.plan_vm(

@@ -25,6 +25,10 @@ SECOND = "d15c0000-0000-4000-8000-000000000002"
 TAKEN_VM = "5a900000-0000-4000-8000-00000000000a"
 
 
+def WHOLE(_time: str, _device: str) -> bool:  # noqa: N802  # a constant
+    return False
+
+
 def tagged(uuid: str, *, time: str = TIME, vm: str = WEB1.uuid) -> dict[str, str]:
     owned = Owned(self_uuid=uuid, role="base", store=STORE, vm=vm, point=time)
     return {inventories.TAG_OWNER: inventories.write_owner(owned)}
@@ -100,7 +104,9 @@ def find(
 ) -> Resumption | None:
     inventory = inventory or the_pool()
     chosen = list(leftovers) or [left({"xvda": ENTRY})]
-    return resume.find(inventory, WEB1, plan(inventory), chosen, store=STORE, history=history)
+    return resume.find(
+        inventory, WEB1, plan(inventory), chosen, store=STORE, history=history, damaged=WHOLE
+    )
 
 
 def test_a_begun_disk_goes_on_where_it_was() -> None:
@@ -185,6 +191,7 @@ def test_a_disk_that_came_later_waits_for_the_next_point() -> None:
         [left({"xvda": ENTRY})],
         store=STORE,
         history=HISTORY,
+        damaged=WHOLE,
     )
 
     assert found is not None
@@ -207,6 +214,7 @@ def test_a_disk_that_somebody_took_out_of_the_snapshot_is_not_called_late() -> N
         [replace(leftover, intent=intent)],
         store=STORE,
         history=HISTORY,
+        damaged=WHOLE,
     )
 
     assert found is None
@@ -232,6 +240,7 @@ def test_a_disk_without_vm_is_known_by_its_tag() -> None:
         [replace(left({"disk": entry}), vm_uuid=key)],
         store=STORE,
         history=None,
+        damaged=WHOLE,
     )
 
     assert found is not None

@@ -76,7 +76,7 @@ def test_each_block_is_as_likely_as_any_other() -> None:
     blocks = [0, 1, 2, *range(8, 16)]
     drawn: Counter[int] = Counter()
     for _ in range(4000):
-        found = list(damage._drawn(iter(suspects), 11, Scope(share=0.3, rng=rng)))
+        found = list(Scope(share=0.3, rng=rng).drawn(suspects, 10 * BLOCK + 512))
         assert len(found) == len(set(found)) == 4
         assert found == sorted(found)
         drawn.update(extent.start // BLOCK for extent in found)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Annotated
@@ -11,13 +11,15 @@ import msgspec
 import typer
 
 from cbtfs import errors, names, progress, repair as repairs, tables, units, verified
+from cbtfs.agreement import Agreement
 from cbtfs.catalogue import Catalogue, DiskPoint, Reference
-from cbtfs.damage import Damage, Scope
-from cbtfs.progress import Progress
+from cbtfs.damage import Damage, PoolDamage, Scope
+from cbtfs.progress import Kind, Progress
 from cbtfs.repair import Found, Repair
 from cbtfs.store import Store, Unlisted
 
-from . import context as contexts, listing, output, points as listed
+from . import agreeing, context as contexts, listing, output, points as listed
+from .agreeing import Verdict, Verdicts
 from .context import Globals
 
 DAMAGED = 4
@@ -29,7 +31,10 @@ SHOWN = 10
 
 def register(app: typer.Typer) -> None:
     """Add the verb of this module to ``app``."""
-    app.command("verify", epilog="Example: cbtfs verify --older-than 30d --repair")(verify)
+    app.command(
+        "verify",
+        epilog="Example: cbtfs verify --older-than 30d --repair; verify --against-pool --sample 1%",
+    )(verify)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +46,14 @@ class Wish:
         older_than: seconds; disks found whole since are left out. None: none are.
         repair: whether to repair what is damaged.
         dry_run: whether only to say so.
+        against_pool: whether to compare with the pool as well.
     """
 
     share: float = 1.0
     older_than: float | None = None
     repair: bool = False
     dry_run: bool = False
+    against_pool: bool = False
 
     @property
     def scope(self) -> Scope:
@@ -63,7 +70,10 @@ class Checked:
         repair: what of it can be repaired, or was.
         repaired: whether it was.
         since: when it was found whole, if it was left out for that.
-        on_record: whether damage is on record that this check, a sample, did not find.
+        on_record: whether damage is on record that this check did not find: it was a sample, or is
+            no comparison with the pool.
+        by_pool: what is on record of blocks that are not as in the pool.
+        verdict: what a comparison with the pool found now, if there was one.
     """
 
     disk: DiskPoint
@@ -72,6 +82,8 @@ class Checked:
     repaired: bool = False
     since: datetime | None = None
     on_record: bool = False
+    by_pool: PoolDamage | None = None
+    verdict: Verdict | None = None
 
     @property
     def left(self) -> Damage:
@@ -81,7 +93,8 @@ class Checked:
     @property
     def damaged(self) -> bool:
         """Whether there is damage now."""
-        return self.left.found or self.on_record
+        differs = isinstance(self.verdict, Agreement) and self.verdict.found.blocks > 0
+        return self.left.found or self.on_record or differs
 
 
 def verify(  # noqa: PLR0913  # one parameter per option
@@ -96,7 +109,8 @@ def verify(  # noqa: PLR0913  # one parameter per option
         typer.Option(
             "--sample",
             metavar="SHARE",
-            help="Compare only this share of the blocks, drawn at random, such as 5%.",
+            help="Compare only this share of the blocks, drawn at random, such as 5%; of those that"
+            " can be compared with the pool, too.",
         ),
     ] = None,
     older_than: Annotated[
@@ -117,24 +131,41 @@ def verify(  # noqa: PLR0913  # one parameter per option
         bool,
         typer.Option("-n", "--dry-run", metavar="", help="Only say what would be repaired."),
     ] = False,
+    against_pool: Annotated[
+        bool,
+        typer.Option(
+            "--against-pool",
+            metavar="",
+            help="Compare with what the pool has, too; without POINT the newest points for which it"
+            " can tell.",
+        ),
+    ] = False,
     json_progress: contexts.JsonProgress = False,
 ) -> None:
-    """Compare images with their digests; exit status 4 if one is damaged."""
+    """Compare images with their digests; exit status 4 if one is damaged.
+
+    With --against-pool also with the disks they are of, as far as these have not changed since, or
+    with a snapshot that the pool still has. An image with a block that is otherwise in the pool is
+    never a base again: the next sync compares the whole disk.
+    """
     options = contexts.of(context)
     wish = Wish(
         contexts.parsed("--sample", _share, sample) if sample is not None else 1.0,
         contexts.parsed("--older-than", units.parse_duration, older_than) if older_than else None,
         repair,
         dry_run,
+        against_pool,
     )
+    if repair and against_pool:
+        raise errors.UsageError(
+            "--repair takes blocks from other points, which cannot mend what is not as in the pool;"
+            " leave one of the two out: the next cbtfs sync compares the whole disk"
+        )
     if dry_run and not repair:
         raise errors.UsageError("-n is for --repair; without it verify changes no image anyway")
     kind = contexts.progress_kind(options, as_json=json_progress)
-    with (
-        contexts.opened_store(options) as store,
-        progress.open_progress(kind, sys.stderr) as view,
-    ):
-        _Run(options, store, wish, view).run(points or [])
+    with contexts.opened_store(options) as store:
+        _Run(options, store, wish, kind).run(points or [])
 
 
 def _share(text: str) -> float:
@@ -147,41 +178,71 @@ def _share(text: str) -> float:
 class _Run:
     """One call of the command."""
 
-    def __init__(self, options: Globals, store: Store, wish: Wish, view: Progress) -> None:
+    def __init__(self, options: Globals, store: Store, wish: Wish, kind: Kind) -> None:
         self._options = options
         self._store = store
         self._wish = wish
-        self._view = view
+        self._kind: Kind = kind
+        self._view: Progress = progress.SilentProgress()
+        self._verdicts = Verdicts()
         self._damaged = False
         self._left_out = 0
 
     def run(self, points: Sequence[str]) -> None:
         catalogue = contexts.catalogue_of(self._store)
         references, unlisted = _chosen(self._store, catalogue, points)
+        chosen = [(r, (r.disk,) if r.disk is not None else r.point.disks) for r in references]
+        if self._wish.against_pool:
+            self._verdicts = agreeing.run(
+                self._options,
+                agreeing.Request(
+                    self._store,
+                    catalogue,
+                    references if points else None,
+                    self._wish.scope,
+                    self._kind,
+                ),
+            )
+            chosen = self._verdicts.chosen
         documents: list[dict[str, object]] = []
-        for reference in references:
-            name = f"{listed.label(catalogue, reference.history)}/{reference.point.time}"
-            documents.append(self._point(name, reference))
-        for broken in unlisted:
-            name = f"{_label_of(catalogue, broken.vm_uuid)}/{broken.time}"
-            documents.append(_unlisted_document(name, broken))
-            self._print(f"{name}  DAMAGED: {broken.why}")
-        damaged = self._damaged or bool(unlisted)
+        with progress.open_progress(self._kind, sys.stderr) as self._view:
+            for reference, disks in chosen:
+                name = f"{listed.label(catalogue, reference.history)}/{reference.point.time}"
+                documents.append(self._point(name, reference, disks))
+            for broken in unlisted:
+                name = f"{_label_of(catalogue, broken.vm_uuid)}/{broken.time}"
+                documents.append(_unlisted_document(name, broken))
+                self._print(f"{name}  DAMAGED: {broken.why}")
+        self._damaged = self._damaged or bool(unlisted)
         if self._left_out:
             self._options.tell(f"{self._left_out} disks left out, which were found whole lately")
         if self._options.json:
-            output.document({"damaged": damaged, "points": documents})
-        if damaged:
+            output.document({"damaged": self._damaged, "points": documents})
+        self._end(is_named=bool(points))
+
+    def _end(self, *, is_named: bool) -> None:
+        """End with the status that fits."""
+        if self._damaged:
             raise typer.Exit(DAMAGED)
+        if self._wish.against_pool:
+            if is_named and self._verdicts.vain:
+                raise errors.PoolError(
+                    "nothing that was named can be compared with the pool; without POINT all that"
+                    " can be is"
+                )
+            if self._verdicts.status:
+                raise typer.Exit(self._verdicts.status)
 
     def _print(self, line: str) -> None:
         if not self._options.json:
             output.line(output.safe(line))
 
-    def _point(self, name: str, reference: Reference) -> dict[str, object]:
+    def _point(
+        self, name: str, reference: Reference, disks: Sequence[DiskPoint]
+    ) -> dict[str, object]:
         point = reference.point
         results: list[Checked] = []
-        for disk in (reference.disk,) if reference.disk else point.disks:
+        for disk in disks:
             key = f"{name}/{disk.device}"
             try:
                 result = self._disk(key, Reference(reference.history, point, disk))
@@ -207,6 +268,13 @@ class _Run:
 
     def _disk(self, key: str, reference: Reference) -> Checked:
         point, disk = reference.point, _only(reference)
+        by_pool = self._store.pool_damage(point.vm_uuid, point.time).get(disk.device)
+        result = self._image(key, reference, by_pool is not None)
+        return replace(result, by_pool=by_pool, verdict=self._verdicts.of(point, disk))
+
+    def _image(self, key: str, reference: Reference, is_in_doubt: bool) -> Checked:
+        """Compare an image with its digests; ``is_in_doubt`` whatever comes of that."""
+        point, disk = reference.point, _only(reference)
         on_record = disk.device in self._store.damaged(point.vm_uuid, point.time)
         since = self._whole_since(reference)
         if since is not None and not on_record:
@@ -214,7 +282,7 @@ class _Run:
             return Checked(disk, Damage(), since=since)
         found = self._compared(key, reference)
         if not found.found:
-            return Checked(disk, found, on_record=on_record and found.sampled)
+            return Checked(disk, found, on_record=is_in_doubt or (on_record and found.sampled))
         if self._wish.repair and not self._wish.dry_run:
             try:
                 with self._store.lock(point.vm_uuid):
@@ -267,18 +335,16 @@ class _Run:
     # ── telling people ───────────────────────────────────────────────────────────────────────
 
     def _show(self, key: str, result: Checked) -> None:
-        if result.since is not None:
-            if self._options.verbosity > 0:
-                self._print(f"{key}  left out, found whole {result.since.isoformat()}")
-            return
-        if result.on_record:
-            verdict = f"{_verdict(result.damage)}, but damage is on record; verify all of it"
-        elif result.repaired and not result.damaged:
-            verdict = f"REPAIRED: {_amount(result)}, {_checked(result.damage)}"
-        else:
-            verdict = _verdict(result.left)
-        self._print(f"{key}  {verdict}")
-        self._show_places(result)
+        if result.since is None:
+            self._print(f"{key}  {_told(result)}")
+            self._show_places(result)
+        elif self._options.verbosity > 0:
+            self._print(f"{key}  left out, found whole {result.since.isoformat()}")
+        if result.verdict is not None:
+            self._print(f"{key}  {agreeing.line(result.verdict)}")
+            self._show_lines(agreeing.places(result.verdict))
+            if isinstance(result.verdict, Agreement) and result.verdict.found.blocks:
+                self._print("  the next cbtfs sync compares the whole disk")
 
     def _show_places(self, result: Checked) -> None:
         done = "repaired" if result.repaired else "damaged"
@@ -288,13 +354,27 @@ class _Run:
         if result.repair.entries:
             what = "were" if result.repaired else "can be"
             lines.append(f"{result.repair.entries} of its digests had changed, and {what} repaired")
+        self._show_lines(lines)
+        if result.repair.does_something and not result.repaired:
+            what = "would repair" if self._wish.dry_run else "repairs"
+            self._print(f"  verify --repair {what} {_amount(result)}")
+
+    def _show_lines(self, lines: Sequence[str]) -> None:
         for line in lines[:SHOWN]:
             self._print(f"  {line}")
         if len(lines) > SHOWN:
             self._print(f"  and {len(lines) - SHOWN} more places; --json lists them")
-        if result.repair.does_something and not result.repaired:
-            what = "would repair" if self._wish.dry_run else "repairs"
-            self._print(f"  verify --repair {what} {_amount(result)}")
+
+
+def _told(result: Checked) -> str:
+    """Return what people are told of an image by itself."""
+    if result.repaired and not result.damaged:
+        return f"REPAIRED: {_amount(result)}, {_checked(result.damage)}"
+    verdict = _verdict(result.left)
+    if result.by_pool is not None:
+        compared = isinstance(result.verdict, Agreement) and result.verdict.found.blocks
+        return verdict if compared else f"{verdict}, {agreeing.on_record(result.by_pool)}"
+    return f"{verdict}, but damage is on record; verify all of it" if result.on_record else verdict
 
 
 def _only(reference: Reference) -> DiskPoint:
@@ -401,4 +481,6 @@ def _disk_document(result: Checked) -> dict[str, object]:
         "repairable": [] if result.repaired else sources,
         "repaired": sources if result.repaired else [],
         "digests": result.repair.entries,
+        "pool": agreeing.document(result.verdict),
+        "pool_record": agreeing.record_document(result.by_pool),
     }

@@ -1,0 +1,494 @@
+"""``verify --against-pool``: images that are not as the pool has them, through the real command."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import blake3
+import pytest
+
+from cbtfs import damage, digests, extents, units
+from cbtfs.damage import Disagreement
+from cbtfs.extents import Extent
+from cbtfs.folder import Folder
+
+from . import bigdisks
+from .commands import Shell, guest_content, items, leftovers
+from .faulted import bytes_served
+from .program import Program, untouched_process
+from .smallvm import Small, running_small
+
+pytestmark = pytest.mark.timeout(120)
+
+BLOCK = units.CBT_BLOCK
+SIZES = (4 * units.MiB, 2 * units.MiB)
+LARGE = int(os.environ.get("CBTFS_TIB", "3")) * units.TiB
+"""Size of a large disk. Of 16 TiB it takes five times as long to hash the array of digests; the
+most memory that a command had then was 197 MiB."""
+
+FILLED = (0, 1, 2, 5, 20, 21)
+"""Blocks of the first disk that hold data; the second has none."""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    """A pool with the running VM ``v``."""
+    with running_small(tmp_path_factory.mktemp("pool"), sizes=SIZES) as made:
+        made.pool.set("vdi.data_destroy_wait", "20ms")
+        write(made, *FILLED)
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def tidy(small: Small) -> Iterator[None]:
+    """Whatever happens, nothing that was made for reading stays in the pool."""
+    yield
+    for key in small.pool.faults():
+        small.pool.set(key, "")
+    small.pool.set("vdi.data_destroy_wait", "20ms")
+    left = leftovers(small.pool)
+    assert (left.snapshots, left.dom0_vbds) == ([], [])
+
+
+@pytest.fixture
+def shell(small: Small, tmp_path: Path) -> Shell:
+    """A store of one test."""
+    return Shell(small.pool, tmp_path / "store")
+
+
+@pytest.fixture
+def cbtfs(
+    capsys: pytest.CaptureFixture[str], shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Program]:
+    """The command in this process, with one point of ``v`` in its store."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(shell.store.parent / "state"))
+    with untouched_process():
+        program = Program(capsys, *shell.command()[3:])
+        assert program("-q", "sync", "--vm", "v").status == 0
+        yield program
+
+
+def write(small: Small, *blocks: int) -> None:
+    """Let the guest write random data into its first disk."""
+    guest = small.pool.open_guest("v", "xvda")
+    for block in blocks:
+        guest.pwrite(random.randbytes(BLOCK), block * BLOCK)
+    guest.shutdown()
+
+
+def forge(shell: Shell, *blocks: int, data: bytes = b"wrong", point: str = "latest") -> None:
+    """Make an image wrong in such a way that only the pool can tell: digests and root fit."""
+    image = shell.image("v", "xvda", point)
+    array = image.with_suffix(".b3")
+    for block in blocks:
+        with image.open("r+b") as file, array.open("r+b") as entries:
+            file.seek(block * BLOCK)
+            file.write(data.ljust(BLOCK, b"\0"))
+            entries.seek(block * digests.LENGTH)
+            entries.write(digests.of_block(memoryview(data.ljust(BLOCK, b"\0"))))
+    record = image.with_name("point.json")
+    told = json.loads(record.read_bytes())
+    (disk,) = (disk for disk in told["disks"] if disk["device"] == "xvda")
+    disk["digest_root"] = blake3.blake3(array.read_bytes()).hexdigest()
+    record.write_text(json.dumps(told))
+
+
+def pool_of(document: dict[str, object], device: str = "xvda") -> dict[str, object]:
+    """Return what a document says of a disk and the pool."""
+    found = [
+        disk["pool"]
+        for point in items(document, "points")
+        for disk in items(point, "disks")
+        if disk["device"] == device
+    ]
+    assert isinstance(found[-1], dict)
+    return found[-1]
+
+
+def damage_of(shell: Shell, point: str = "latest") -> dict[str, object]:
+    """Return what is on record of the first disk; {} if nothing is."""
+    record = shell.image("v", "xvda", point).with_name("damaged.json")
+    found: dict[str, dict[str, object]] = {}
+    if record.exists():
+        found = json.loads(record.read_bytes())["disks"]
+    return found.get("xvda", {})
+
+
+# ── what is compared ──
+
+
+def test_what_did_not_change_is_read_and_is_as_in_the_pool(small: Small, cbtfs: Program) -> None:
+    write(small, 1, 30)
+
+    found = cbtfs.json("verify", "--against-pool")
+
+    told = pool_of(found)
+    assert told["state"] == "equal"
+    assert told["with"] == "what did not change since"
+    # the 2 MiB that the disk has allocated, less what was written since
+    assert told["compared"] == told["comparable"] == 30 * BLOCK
+    assert pool_of(found, "xvdb")["comparable"] == 0
+    assert "as in the pool, " in cbtfs("verify", "--against-pool").out
+
+
+def test_a_wrong_block_is_named_and_the_next_sync_ends_with_a_whole_image(
+    small: Small, shell: Shell, cbtfs: Program, tmp_path: Path
+) -> None:
+    write(small, 1)
+    assert cbtfs("sync", "--vm", "v").status == 0
+    first, second = sorted(p.name for p in shell.store.glob("*/2*Z"))
+    forge(shell, 2, 21)
+
+    assert cbtfs("verify").status == 0
+    result = cbtfs("verify", "--against-pool")
+
+    assert result.status == 4
+    lines = result.out.splitlines()
+    assert any("xvda  NOT AS IN THE POOL: 2 blocks differ, " in line for line in lines)
+    assert f"  not as in the pool: bytes {2 * BLOCK} to {3 * BLOCK}" in lines
+    assert f"  not as in the pool: bytes {21 * BLOCK} to {22 * BLOCK}" in lines
+    assert "  the next cbtfs sync compares the whole disk" in lines
+    assert cbtfs("list").out.count("damaged: xvda") == 1
+
+    planned = cbtfs("--json", "sync", "--vm", "v", "-n").document()
+    done = cbtfs("--json", "sync", "--vm", "v").document()
+    (vm,) = items(done, "vms")
+    disks = {str(disk["device"]): disk for disk in items(vm, "disks")}
+    assert "base-damaged" in json.dumps(planned)
+    assert (disks["xvda"]["method"], disks["xvda"]["reason"]) == ("compare", "base-damaged")
+    assert (disks["xvda"]["base"], second in str(disks["xvda"]["detail"])) == (first, True)
+    assert disks["xvdb"]["method"] == "incremental"
+    guest = guest_content(small.pool, "v", "xvda", tmp_path / "guest")
+    assert shell.image("v", "xvda").read_bytes() == guest
+    assert cbtfs("verify", "--against-pool").status == 0
+
+
+def test_only_what_proves_it_clears_the_record(small: Small, shell: Shell, cbtfs: Program) -> None:
+    image = shell.image("v", "xvda")
+    right = image.read_bytes()[2 * BLOCK : 3 * BLOCK]
+    forge(shell, 2)
+    assert cbtfs("verify", "--against-pool").status == 4
+    forge(shell, 2, data=right)
+
+    plain = cbtfs("verify", "v/latest/xvda")
+    assert plain.status == 4
+    assert "but 1 blocks were not as in the pool when compared" in plain.out
+    assert cbtfs("verify", "--repair").status == 4
+    assert cbtfs("verify", "--against-pool", "--sample", "90%").status == 4
+    assert damage_of(shell)["pool"]
+    write(small, 2)  # what changed cannot be compared: of that block nothing is known now
+    assert cbtfs("verify", "--against-pool").status == 4
+    assert damage_of(shell)["pool"]
+
+    # as if it had not been written: the pool says that nothing changed
+    guest = small.pool.open_guest("v", "xvda")
+    guest.pwrite(right, 2 * BLOCK)
+    guest.shutdown()
+    small.pool.set("cbt.drop_bits", "1")
+    assert cbtfs("verify", "--against-pool").status == 0
+    assert damage_of(shell) == {}
+
+
+def test_lies_of_the_change_tracking_are_found(small: Small, cbtfs: Program) -> None:
+    write(small, 0, 5, 20)
+    small.pool.set("cbt.drop_bits", "3")
+
+    result = cbtfs("--json", "verify", "--against-pool")
+
+    assert result.status == 4
+    told = pool_of(result.document())
+    assert told["extents"] == [[b * BLOCK, (b + 1) * BLOCK] for b in (0, 5, 20)]
+    assert (told["blocks"], told["zeros"]) == (3, 0)
+
+
+def test_what_a_guest_discards_is_counted_apart(small: Small, cbtfs: Program) -> None:
+    guest = small.pool.open_guest("v", "xvda")
+    guest.trim(BLOCK, 5 * BLOCK)
+    guest.shutdown()
+
+    result = cbtfs("verify", "--against-pool")
+    write(small, 5)
+
+    assert result.status == 4
+    assert "1 blocks differ, 1 of them are zeros in the pool now" in result.out
+
+
+def test_a_sample_says_how_much_it_was(shell: Shell, cbtfs: Program) -> None:
+    forge(shell, *range(16))
+
+    result = cbtfs("--json", "verify", "--against-pool", "--sample", "30%")
+
+    told = pool_of(result.document())
+    compared, comparable = int(str(told["compared"])), int(str(told["comparable"]))
+    assert compared == -(-comparable // BLOCK * 3 // 10) * BLOCK
+    assert told["sampled"] is True
+    assert 0 < int(str(told["blocks"])) <= compared // BLOCK
+    assert result.status == 4
+
+
+@contextlib.contextmanager
+def halted(small: Small) -> Iterator[None]:
+    small.api.call("VM.hard_shutdown", small.vm)
+    try:
+        yield
+    finally:
+        small.api.call("VM.start", small.vm, False, False)
+
+
+def test_the_disks_of_a_halted_vm_are_read_themselves(
+    small: Small, shell: Shell, cbtfs: Program
+) -> None:
+    forge(shell, 1)
+    write(small, 20)
+    with halted(small):
+        small.pool.set("xapi.fail", "VDI.snapshot:INTERNAL_ERROR:none is needed")
+        result = cbtfs("--json", "verify", "--against-pool")
+
+    assert result.status == 4
+    assert pool_of(result.document())["extents"] == [[BLOCK, 2 * BLOCK]]
+
+
+def test_a_snapshot_that_kept_its_data_is_compared_whole(
+    small: Small, shell: Shell, cbtfs: Program
+) -> None:
+    small.pool.set("sr.fail", "VDI.data_destroy:SR_BACKEND_FAILURE_46:x")
+    assert cbtfs("-q", "sync", "--vm", "v").status == 0
+    small.pool.set("sr.fail", "")
+    write(small, *FILLED)
+
+    equal = pool_of(cbtfs.json("verify", "--against-pool"))
+    forge(shell, 20)
+    differs = cbtfs("--json", "verify", "--against-pool", "v/latest")
+
+    assert (equal["state"], equal["with"]) == ("equal", "its snapshot")
+    assert int(str(equal["comparable"])) >= len(FILLED) * BLOCK
+    assert differs.status == 4
+    assert pool_of(differs.document())["extents"] == [[20 * BLOCK, 21 * BLOCK]]
+    assert cbtfs("-q", "sync", "--vm", "v").status == 0  # which removes that snapshot
+
+
+# ── what cannot be compared ──
+
+
+def test_a_point_without_base_is_told_and_fails_only_if_nothing_else_was_named(
+    cbtfs: Program,
+) -> None:
+    assert cbtfs("-q", "sync", "--vm", "v").status == 0
+
+    alone = cbtfs("verify", "--against-pool", "v/latest~1")
+    both = cbtfs("verify", "--against-pool", "v/latest~1", "v/latest")
+    unnamed = cbtfs("verify", "--against-pool")
+
+    why = "cannot be compared with the pool: the pool no longer has its snapshot"
+    assert alone.status == 1
+    assert alone.out.count(why) == 2
+    assert "nothing that was named can be compared" in alone.err
+    assert (both.status, unnamed.status) == (0, 0)
+    assert both.out.count(why) == 2
+    assert why not in unnamed.out
+
+
+def test_a_disk_that_is_gone_is_told(small: Small, cbtfs: Program) -> None:
+    disk = small.disk("v 1")
+    small.detach(disk)
+    small.api.call("VDI.destroy", disk)
+    try:
+        result = cbtfs("verify", "--against-pool")
+        named = cbtfs("verify", "--against-pool", "v/latest/xvdb")
+    finally:
+        small.add_disk("v 1", 1, size=SIZES[1])
+
+    assert result.status == 0
+    assert "xvdb  cannot be compared with the pool: VDI " in result.out
+    assert "xvda  as in the pool" in result.out
+    assert named.status == 1
+
+
+def test_repair_is_another_matter(cbtfs: Program) -> None:
+    result = cbtfs("verify", "--against-pool", "--repair")
+
+    assert result.status == 2
+    assert "the next cbtfs sync compares the whole disk" in result.err
+
+
+# ── what goes wrong ──
+
+
+def test_one_disk_that_fails_does_not_keep_the_others_from_it(small: Small, cbtfs: Program) -> None:
+    small.pool.set("xapi.fail", "VDI.snapshot*1:SR_BACKEND_FAILURE_44:no space")
+
+    result = cbtfs("verify", "--against-pool")
+
+    assert result.status == 3
+    assert "SR_BACKEND_FAILURE_44" in result.err
+    assert "xvda  not compared with the pool, see the error" in result.out
+    assert "xvdb  as in the pool" in result.out
+
+
+def test_a_pool_without_nbd_is_an_error_and_images_are_verified_all_the_same(
+    small: Small, cbtfs: Program
+) -> None:
+    networks = small.api.records("network").items()
+    (network,) = (ref for ref, record in networks if record["purpose"] == ["nbd"])
+    small.api.call("network.remove_purpose", network, "nbd")
+    try:
+        result = cbtfs("-q", "verify", "--against-pool")
+    finally:
+        small.api.call("network.add_purpose", network, "nbd")
+
+    assert result.status == 1
+    assert result.err.count("no network of the pool has the purpose nbd") == 2
+    assert result.out.count("  ok, ") == 2
+
+
+def test_cut_connections_are_made_anew(small: Small, cbtfs: Program) -> None:
+    small.pool.set("nbd.drop_after", "100K")
+    small.pool.set("nbd.drop_count", "1")
+
+    assert cbtfs("verify", "--against-pool").status == 0
+
+
+@contextlib.contextmanager
+def reading(small: Small, shell: Shell) -> Iterator[subprocess.Popen[str]]:
+    """Run a comparison that is reading a disk, slowly."""
+    small.pool.set("nbd.delay", "2s")
+    command = shell.command("verify", "--against-pool")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=shell.env()) as running:
+        until = time.monotonic() + 60
+        while not leftovers(small.pool).dom0_vbds and time.monotonic() < until:
+            time.sleep(0.02)
+        yield running
+
+
+@pytest.mark.usefixtures("cbtfs")
+def test_an_interrupted_one_leaves_nothing(small: Small, shell: Shell) -> None:
+    with reading(small, shell) as running:
+        assert len(leftovers(small.pool).snapshots) == 1
+        running.send_signal(signal.SIGINT)
+        small.pool.set("nbd.delay", "")
+        _, said = running.communicate(timeout=60)
+
+    assert running.returncode == 130, said
+    assert leftovers(small.pool).snapshots == []
+
+
+def test_clean_removes_what_a_killed_one_left(small: Small, shell: Shell, cbtfs: Program) -> None:
+    with reading(small, shell) as running:
+        running.kill()
+        small.pool.set("nbd.delay", "")
+        running.communicate(timeout=60)
+    assert len(leftovers(small.pool).snapshots) == 1
+
+    assert cbtfs("clean").status == 0
+    assert leftovers(small.pool).snapshots == []
+
+
+def test_a_sync_meanwhile_is_not_disturbed(small: Small, shell: Shell, cbtfs: Program) -> None:
+    with reading(small, shell) as running:
+        small.pool.set("nbd.delay", "")
+        synced = cbtfs("--json", "sync", "--vm", "v")
+        out, said = running.communicate(timeout=60)
+
+    assert synced.status == 0
+    assert "incremental" in synced.out
+    # of the disk that was not begun, the base is gone
+    assert running.returncode == 0, said
+    assert "xvda  as in the pool" in out
+
+
+# ── the record ──
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Iterator[Folder]:
+    (tmp_path / "point").mkdir()
+    with Folder.open(tmp_path / "point") as folder:
+        yield folder
+
+
+def put(point: Folder, found: Disagreement, *, beyond_reach: tuple[Extent, ...] = ()) -> None:
+    damage.record_pool(
+        point, "xvda", found, now="then",
+        unproven=lambda recorded: extents.common(recorded, beyond_reach),
+    )  # fmt: skip
+
+
+def extents_of(*blocks: int) -> tuple[Extent, ...]:
+    return tuple(extents.merge(Extent(b * BLOCK, (b + 1) * BLOCK) for b in blocks))
+
+
+def test_a_record_without_the_pool_is_read_and_kept(point: Folder) -> None:
+    old = {"xvda": {"found": "long ago", "problem": "", "blocks": 1, "extents": [[0, BLOCK]]}}
+    point.write("damaged.json", json.dumps({"disks": old, "schema": 1}).encode())
+
+    assert damage.recorded(point) == {"xvda"}
+    put(point, Disagreement(2, 1, extents_of(4, 5)))
+    assert damage.by_pool(point)["xvda"].blocks == 2
+    damage.record(point, "xvda", damage.Damage(), now="then")
+    assert damage.recorded(point) == {"xvda"}
+    put(point, Disagreement())
+    assert not point.exists("damaged.json")
+
+
+def test_what_was_not_compared_stays_on_record(point: Folder) -> None:
+    put(point, Disagreement(3, 0, extents_of(1, 2, 7)))
+    put(point, Disagreement(1, 0, extents_of(9), sampled=True))
+    assert damage.by_pool(point)["xvda"].blocks == 4
+
+    put(point, Disagreement(1, 1, extents_of(3)), beyond_reach=extents_of(2, 3, 4))
+    told = damage.by_pool(point)["xvda"]
+    assert told.extents == tuple(tuple(e) for e in extents_of(2, 3))
+    assert (told.blocks, told.zeros) == (2, 1)
+    put(point, Disagreement(), beyond_reach=extents_of(3))
+    assert damage.by_pool(point)["xvda"].blocks == 1
+
+
+def test_blocks_that_are_not_named_go_only_if_everything_was_compared(point: Folder) -> None:
+    put(point, Disagreement(5000, 0, extents_of(*range(0, 2000, 2))))
+
+    put(point, Disagreement(), beyond_reach=extents_of(9))
+    assert damage.by_pool(point)["xvda"].blocks == 4000
+    put(point, Disagreement())
+    assert damage.recorded(point) == frozenset()
+
+
+# ── large disks ──
+
+
+@pytest.mark.reflink
+def test_large_disks_cost_what_holds_data(tmp_path: Path, reflink_dir: Path) -> None:
+    size, rng = LARGE, random.Random(1)
+    with bigdisks.running(tmp_path / "pool", {"big": size}) as pool:
+        shell = Shell(pool, reflink_dir / "store")  # where files can be so large
+        bigdisks.seed(shell, "big")
+        bigdisks.write_scattered(pool, "big", size=size, blocks=40, rng=rng)
+        bigdisks.sync(shell, "big")
+        bigdisks.write_scattered(pool, "big", size=size, blocks=3, rng=rng)
+        pool.control("reset-counters")
+
+        verified, memory = measured(shell, "verify", "--against-pool", "--sample", "50%")
+        told = pool_of(verified)
+        compared = bytes_served(pool)
+        differs, more = measured(shell, "diff", "big/latest", "big/now")
+
+        assert (told["state"], told["comparable"]) == ("equal", 40 * BLOCK)
+        assert told["compared"] == compared == 20 * BLOCK
+        (disk,) = items(differs, "disks")
+        assert disk["changed"] == 3 * BLOCK
+        assert bytes_served(pool) == compared + 3 * BLOCK
+        assert max(memory, more) < 256 * units.MiB
+
+
+def measured(shell: Shell, *arguments: str) -> tuple[dict[str, object], int]:
+    """Run a command; return its document, and the most memory that it had, in bytes."""
+    timed = ["/usr/bin/time", "-q", "-f", "%M", *shell.command("-q", "--json", *arguments)]
+    done = subprocess.run(timed, check=True, capture_output=True, text=True, env=shell.env())
+    document: dict[str, object] = json.loads(done.stdout)
+    return document, int(done.stderr.split()[-1]) * units.KiB
