@@ -15,6 +15,7 @@ from .simulated import RunningPool, running_pool
 
 PARTS = {
     "long": {
+        "test_agreement",
         "test_budget",
         "test_clean",
         "test_distrust",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from cbtfs import bitmap, errors, extents
-from cbtfs.bitmap import ChangeBitmap
+from cbtfs.bitmap import ChangeBitmap, Marks
 from cbtfs.extents import Extent
 from cbtfs.units import CBT_BLOCK, MiB, TiB
 
@@ -241,3 +241,17 @@ def test_a_range_is_clear_if_no_block_of_it_is_set(
 
     marked = model(bits, size=size)[start // CBT_BLOCK : -(-stop // CBT_BLOCK)]
     assert changes(bits, size=size).is_clear(start, stop) == (not any(marked))
+
+
+@given(disks(), st.randoms(use_true_random=False))
+def test_marks_become_a_bitmap(disk: tuple[bytes, int], rng: Random) -> None:
+    bits, size = disk
+    found = changes(bits, size=size)
+    marks = Marks(size=size)
+    runs = list(found.extents())
+    rng.shuffle(runs)
+
+    for start, stop in runs:
+        marks.add(start, stop)
+
+    assert list(marks.bitmap().extents()) == list(found.extents())

@@ -90,6 +90,14 @@ def test_complement_is_every_other_byte(disk: list[Extent], stop: int) -> None:
     assert list(extents.merge(found)) == found
 
 
+@given(*[inputs.map(extents.merge).map(list)] * 2)
+def test_common_is_what_both_have(one: list[Extent], other: list[Extent]) -> None:
+    found = list(extents.common(one, other))
+
+    assert covered(found) == covered(one) & covered(other)
+    assert extents.total(found) == len(covered(found))
+
+
 @given(inputs.map(extents.merge).map(list))
 def test_total_counts_bytes(disk: list[Extent]) -> None:
     assert extents.total(disk) == len(covered(disk))
@@ -102,8 +110,9 @@ def test_total_counts_bytes(disk: list[Extent]) -> None:
         extents.clip(endless(), stop=1 << 40),
         extents.split(endless(), size=4),
         extents.complement(endless(), stop=1 << 40),
+        extents.common(endless(), endless()),
     ],
-    ids=["merge", "clip", "split", "complement"],
+    ids=["merge", "clip", "split", "complement", "common"],
 )
 def test_endless_input_is_no_problem(lazy: Iterator[Extent]) -> None:
     assert len(list(islice(lazy, 1000))) == 1000

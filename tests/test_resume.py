@@ -11,7 +11,7 @@ from cbtfs import inventory as inventories, plan as planning, resume
 from cbtfs.catalogue import VMHistory
 from cbtfs.inventory import VBD, VDI, VM, Inventory, Owned
 from cbtfs.journal import DiskJournal
-from cbtfs.plan import Reason, VMPlan
+from cbtfs.plan import Damaged, Reason, VMPlan
 from cbtfs.resume import Resumption
 from cbtfs.store import Intent, Leftover
 from cbtfs.units import GiB
@@ -101,11 +101,12 @@ def find(
     inventory: Inventory | None = None,
     *leftovers: Leftover,
     history: VMHistory | None = HISTORY,
+    damaged: Damaged = WHOLE,
 ) -> Resumption | None:
     inventory = inventory or the_pool()
     chosen = list(leftovers) or [left({"xvda": ENTRY})]
     return resume.find(
-        inventory, WEB1, plan(inventory), chosen, store=STORE, history=history, damaged=WHOLE
+        inventory, WEB1, plan(inventory), chosen, store=STORE, history=history, damaged=damaged
     )
 
 
@@ -150,6 +151,19 @@ def test_an_entry_that_does_not_fit_is_not_gone_on_with(entry: DiskJournal) -> N
 )
 def test_a_snapshot_that_is_not_the_one_is_not_copied_further(inventory: Inventory) -> None:
     assert find(inventory) is None
+
+
+def test_what_began_as_an_image_that_was_then_found_damaged_begins_anew() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def damaged(time: str, device: str) -> bool:
+        asked.append((time, device))
+        return True
+
+    assert find(damaged=damaged) is None
+    assert asked == [(EARLIER, "xvda")]
+    full = msgspec.structs.replace(ENTRY, method="full", base="", base_snapshot_uuid="")
+    assert find(None, left({"xvda": full}), damaged=damaged) is not None
 
 
 def test_once_there_is_a_later_point_it_is_too_late() -> None:
