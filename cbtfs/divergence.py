@@ -27,6 +27,7 @@ from .bitmap import ChangeBitmap, Marks
 from .catalogue import DiskPoint, Reference, VMHistory
 from .copier import Copier
 from .difference import DigestArray
+from .errors import AGAIN
 from .extents import Extent
 from .inventory import VDI, Inventory
 from .nbd import Export
@@ -244,7 +245,12 @@ async def read(
     *,
     advanced: Callable[[int], None],
 ) -> None:
-    """Read ``wanted`` of a disk into ``check``; see ``differing``."""
+    """Read ``wanted`` of a disk into ``check``; see ``differing``.
+
+    Raises:
+        ExportError: the disk cannot be read.
+        PoolError: no host exports it; or it was destroyed meanwhile, and who knows what was read.
+    """
     copier = Copier(
         lambda: _connected(pool, disk),
         check,
@@ -252,6 +258,10 @@ async def read(
         advanced=lambda read, _: advanced(read),
     )
     await copier.copy(wanted)
+    if copier.tally.pieces:
+        vdi = (await pool.inventory()).vdis.get(disk.ref)
+        if vdi is None or not vdi.is_readable:
+            raise errors.PoolError(f"the disk was removed from the pool while it was read; {AGAIN}")
 
 
 @asynccontextmanager

@@ -403,6 +403,23 @@ def test_a_sync_meanwhile_is_not_disturbed(small: Small, shell: Shell, cbtfs: Pr
     assert "xvda  as in the pool" in out
 
 
+def test_what_is_destroyed_while_it_is_read_proves_nothing(
+    small: Small, shell: Shell, cbtfs: Program
+) -> None:
+    with reading(small, shell) as running:
+        for vbd in leftovers(small.pool).dom0_vbds:
+            vdi = small.api.text("VBD.get_VDI", vbd)
+            small.api.call("VBD.unplug", vbd)
+            small.api.call("VBD.destroy", vbd)
+            small.api.call("VDI.destroy", vdi)
+        small.pool.set("nbd.delay", "")
+        _, said = running.communicate(timeout=60)
+
+    assert running.returncode == 3
+    assert "was removed from the pool while it was read; run the command again" in said
+    assert damage_of(shell) == {}
+
+
 # ── the record ──
 
 
