@@ -43,8 +43,7 @@ def diff(
 
     Without B: how much each point of a VM differs from the one before. Only digests are read.
 
-    With VM/now the live disks are read from the pool, as far as they may have changed; those of a
-    running VM through temporary snapshots, one disk after the other.
+    VM/now: live disks are read, where they may have changed; attached ones through a snapshot.
     """
     options = contexts.of(context)
     with contexts.opened_store(options) as store:

@@ -144,9 +144,9 @@ def verify(  # noqa: PLR0913  # one parameter per option
 ) -> None:
     """Compare images with their digests; exit status 4 if one is damaged.
 
-    With --against-pool also with the disks they are of, as far as these have not changed since, or
-    with a snapshot that the pool still has. An image with a block that is otherwise in the pool is
-    never a base again: the next sync compares the whole disk.
+    --against-pool also compares with the disk as it is, as far as that has not changed since.
+
+    What differs there is never a base again: the next sync compares the whole disk.
     """
     options = contexts.of(context)
     wish = Wish(
