@@ -15,7 +15,8 @@ counted apart: change tracking does not see what a guest discards (blktap, drive
 Rules of this file:
 
 1. Nothing of the store is locked while the pool is read: a sync of the same VM may run meanwhile.
-   If that replaces what is compared with, the comparison ends and says so.
+   If that replaces what is compared with, the comparison ends and says so. While one runs, the
+   snapshot of a point is left alone: it would have to wait with destroying it.
 2. Only a full comparison clears a record, and only of blocks that it compared.
 """
 
@@ -161,6 +162,8 @@ class _Comparison:
         if isinstance(there, Missing):
             return there
         self._begun = there
+        if there.live is None and (why := self._locked()):
+            return Missing(why)
         await self._pool.check_nbd()
         opening = trio.to_thread.run_sync(
             divergence.opened, self._store, self._reference, self._disk
@@ -170,6 +173,19 @@ class _Comparison:
                 return await self._snapshot(there, known)
             async with instant.held(self._pool, inventory, there.live) as ref:
                 return await self._since(there, Readable(ref, there.live.size), known)
+
+    def _locked(self) -> str:
+        """Return why its own snapshot is not to be read, "" if it is: a sync may be destroying it.
+
+        What has only its metadata left is not read, so a sync can do with that what it wants.
+        """
+        try:
+            with self._store.lock(self._reference.history.uuid):
+                return ""
+        except errors.StoreLocked as exc:
+            return str(exc)
+        except errors.StoreError:  # a store that can only be read is locked by nobody
+            return ""
 
     async def explain(self, exc: errors.CbtfsError) -> None:
         """Raise what made ``exc`` happen, if that was a sync of the same VM; else return."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import blake3
 import pytest
 
-from cbtfs import damage, digests, extents, units
+from cbtfs import damage, digests, extents, store as stores, units
 from cbtfs.damage import Disagreement
 from cbtfs.extents import Extent
 from cbtfs.folder import Folder
@@ -301,10 +301,16 @@ def test_a_snapshot_that_kept_its_data_is_compared_whole(
     write(small, *FILLED)
 
     equal = pool_of(cbtfs.json("verify", "--against-pool"))
+    key = small.api.text("VM.get_uuid", small.vm)
+    with stores.open_store(shell.store) as store, store.lock(key):
+        at_work = cbtfs("verify", "--against-pool")
     forge(shell, 20)
     differs = cbtfs("--json", "verify", "--against-pool", "v/latest")
 
     assert (equal["state"], equal["with"]) == ("equal", "its snapshot")
+    assert at_work.status == 0
+    assert at_work.out.count("cannot be compared with the pool: ") == 2
+    assert "is locked by process" in at_work.out
     assert int(str(equal["comparable"])) >= len(FILLED) * BLOCK
     assert differs.status == 4
     assert pool_of(differs.document())["extents"] == [[20 * BLOCK, 21 * BLOCK]]
