@@ -169,6 +169,36 @@ def test_revert_halts_the_vm_and_puts_the_snapshots_disks_back(small: SmallPool)
         small.client.call("VM.revert", small.web1)
 
 
+def test_what_is_blocked_is_refused_with_the_reason(small: SmallPool) -> None:
+    client = small.client
+    client.call("VM.add_to_blocked_operations", small.idle, "start", "in repair")
+
+    with pytest.raises(Failed, match=r"OPERATION_BLOCKED.*in repair"):
+        client.call("VM.start", small.idle, False, False)
+    client.call("VM.start_on", small.idle, small.host1, False, False)
+    client.call("VM.hard_shutdown", small.idle)
+    assert "start" not in client.texts("VM.get_allowed_operations", small.idle)
+    client.call("VM.remove_from_blocked_operations", small.idle, "start")
+    assert "start" not in client.texts("VM.get_allowed_operations", small.idle)
+    client.call("VM.update_allowed_operations", small.idle)
+    assert "start" in client.texts("VM.get_allowed_operations", small.idle)
+
+
+def test_a_snapshot_has_no_blocks_and_leads_back_to_those_there_were(small: SmallPool) -> None:
+    client = small.client
+    client.call("VM.add_to_blocked_operations", small.idle, "destroy", "before")
+    taken = client.text("VM.snapshot", small.idle, "x")
+    client.call("VM.add_to_blocked_operations", small.idle, "start", "after")
+    client.call("VM.set_name_label", small.idle, "renamed")
+
+    assert client.call("VM.get_blocked_operations", taken) == {}
+    client.call("VM.revert", taken)
+
+    assert client.call("VM.get_blocked_operations", small.idle) == {"destroy": "before"}
+    assert client.call("VM.get_name_label", small.idle) != "renamed"
+    client.call("VM.start", small.idle, False, False)
+
+
 def test_revert_destroys_a_disk_that_came_after_the_snapshot(small: SmallPool) -> None:
     taken = small.client.text("VM.snapshot", small.idle, "x")
     later = small.builder.add_vdi(small.shared, "later", size=8 * MiB)

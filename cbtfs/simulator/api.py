@@ -111,9 +111,22 @@ def _carry_out(call: Call, called: Method) -> Value:
     faults = call.state.faults
     call.state.sleep(faults.delay_of(call.method), cancelled=call.cancelled)
     faults.check(call.method)
+    _refuse_blocked(call, called)
     result = called.run(call)
     faults.check(call.method, key="xapi.fail_after")
     return result
+
+
+def _refuse_blocked(call: Call, called: Method) -> None:
+    """Fail if somebody has blocked an operation of a VM (xen-api, xapi_vm_lifecycle.ml)."""
+    kind, _, operation = call.method.partition(".")
+    if kind != "VM" or not called.parameters or called.parameters[0].type != "VM":
+        return
+    vm = call.text(called.parameters[0].name)
+    with call.state.lock:
+        blocked = call.state.db.mapping("VM", vm, "blocked_operations")
+    if operation in blocked:
+        raise SimError("OPERATION_BLOCKED", vm, str(blocked[operation]))
 
 
 def _start(call: Call, called: Method) -> str:

@@ -4,6 +4,7 @@ A snapshot takes a VM's disks one after another: there is no one instant for all
 (xen-api, ocaml/xapi/xapi_vm_clone.ml).
 """
 
+import json
 from collections.abc import Callable
 
 from . import operations, vdis, vms, volumes
@@ -17,6 +18,12 @@ Names = Callable[[str], tuple[str, str]]
 
 DiskCopy = Callable[[Call, str], str]
 """Makes a VDI of another and returns its ref."""
+
+_REVERTED = (
+    "name_label", "name_description", "other_config", "blocked_operations", "platform",
+    "xenstore_data", "HVM_boot_params", "VCPUs_max", "VCPUs_at_startup",
+)  # fmt: skip
+"""Fields of a VM that are as they were after a revert: most; tags and affinity stay as they are."""
 
 _NOT_COPIED = ("uuid", "VBDs", "VIFs", "snapshots", "children", "consoles", "resident_on")
 
@@ -80,6 +87,10 @@ def take_snapshot(
             "parent": state.db.text("VM", vm, "parent"),
             "suspend_VDI": NULL,
             "transportable_snapshot_id": "",
+            "blocked_operations": {},
+            "snapshot_metadata": json.dumps(
+                {name: state.db.record("VM", vm)[name] for name in _REVERTED}
+            ),
             "snapshot_info": {
                 "power-state-at-snapshot": power,
                 "disk-snapshot-type": "crash_consistent",
@@ -143,7 +154,9 @@ def revert(call: Call) -> Value:
             state.db.destroy("VBD", vbd)
         for vbd in state.db.refs("VM", taken, "VBDs"):
             _copy_vbd(state, vbd, vm, disks=made)
-        state.db.set("VM", vm, parent=taken)
+        fields: dict[str, Value] = json.loads(state.db.text("VM", taken, "snapshot_metadata"))
+        state.db.set("VM", vm, parent=taken, **fields)
+        vms.refresh(state, vm)
     return ""
 
 
@@ -240,6 +253,7 @@ def _fresh(name: str) -> dict[str, Value]:
         "snapshot_of": NULL,
         "snapshot_time": EPOCH,
         "parent": NULL,
+        "blocked_operations": {},
     }
 
 

@@ -33,7 +33,7 @@ def add(state: State, values: dict[str, Value], *, ref: str = "", uuid: str = ""
             "uuid": uuid or new_uuid(),
         }
         vm = state.db.create("VM", ref or new_ref(), made)
-        _refresh(state, vm)
+        refresh(state, vm)
         return vm
 
 
@@ -105,7 +105,7 @@ def start_on_host(state: State, vm: str, host: str) -> None:
         raise
     with state.lock:
         state.db.set("VM", vm, power_state="Running", domid=state.db.generation)
-        _refresh(state, vm)
+        refresh(state, vm)
 
 
 @method("VM.hard_shutdown", "VM vm")
@@ -125,7 +125,7 @@ def halt(state: State, vm: str, *, crashed: bool = False) -> None:
         if state.db.flag("VBD", vbd, "currently_attached"):
             attachments.detach(state, vbd, crashed=crashed)
     state.db.set("VM", vm, power_state="Halted", resident_on=NULL, domid=-1)
-    _refresh(state, vm)
+    refresh(state, vm)
 
 
 @method("VM.hard_reboot", "VM vm")
@@ -175,6 +175,14 @@ def migrate_send(call: Call) -> Value:
     raise SimError("NOT_IMPLEMENTED", "VM.migrate_send")
 
 
+@method("VM.update_allowed_operations", "VM self")
+def update_allowed_operations(call: Call) -> Value:
+    """Work out anew what is allowed; a change of ``blocked_operations`` alone does not do that."""
+    with call.state.lock:
+        refresh(call.state, call.text("self"))
+    return ""
+
+
 @method("VM.get_allowed_VBD_devices", "VM vm")
 def get_allowed_vbd_devices(call: Call) -> Value:
     """Return the user devices that are free."""
@@ -207,11 +215,14 @@ def _place(state: State, vm: str) -> str:
     return affinity if affinity in hosts else hosts[0]
 
 
-def _refresh(state: State, vm: str) -> None:
+def refresh(state: State, vm: str) -> None:
+    """Bring a VM's allowed operations up to date; the caller holds the state's lock."""
     common: list[Value] = ["snapshot", "metadata_export", "changing_VCPUs", "make_into_template"]
     power = {
         "Running": ["checkpoint", "clean_shutdown", "hard_shutdown", "pool_migrate", "hard_reboot"],
         "Halted": ["start", "start_on", "clone", "copy", "destroy", "export"],
     }
     more = power.get(state.db.text("VM", vm, "power_state"), [])
-    state.db.set("VM", vm, allowed_operations=[*common, *more])
+    blocked = state.db.mapping("VM", vm, "blocked_operations")
+    allowed: list[Value] = [name for name in (*common, *more) if name not in blocked]
+    state.db.set("VM", vm, allowed_operations=allowed)
