@@ -12,7 +12,7 @@ object goes (``pool``, rule 1). A clean that is killed has removed less, and not
 pool each step leaves what is still tagged, in the store what is still a partial point.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -219,7 +219,7 @@ class _Cleaner:
         elif store is not None and thing.kind is Kind.REMOVED:
             await trio.to_thread.run_sync(store.sweep, thing.key)
         elif pool is not None:
-            how = {
+            how: Mapping[Kind, Callable[[str], Awaitable[None]]] = {
                 Kind.TASK: pool.remove_task,
                 Kind.VBD: pool.detach,
                 Kind.VM: pool.destroy_snapshot_vm,
@@ -228,6 +228,8 @@ class _Cleaner:
                 Kind.BASE: pool.destroy_vdi,
                 Kind.NEW_VM: pool.destroy_unfinished_vm,
                 Kind.DISK: pool.destroy_unfinished_disk,
+                Kind.TAG: pool.release_disk,
+                Kind.BLOCK: lambda ref: pool.vms.unblock(ref, is_dead=self._judge.is_dead),
             }
             await how[thing.kind](thing.ref)
 

@@ -100,6 +100,7 @@ def vm(ref: str, raw: rawrecords.VMRecord) -> VM:
         vbd_refs=raw.VBDs,
         tags=raw.tags,
         other_config=raw.other_config,
+        blocked_operations=raw.blocked_operations,
         resident_on=_reference(raw.resident_on),
     )
 

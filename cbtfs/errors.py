@@ -10,6 +10,7 @@
     │   ├── XapiFailure                  1   xapi's code and parameters, unchanged
     │   ├── ChangesUnknown               1   no usable bitmap: compare with the last image
     │   ├── BitmapWrong                  1   a block called unchanged had changed: compare
+    │   ├── PoolBusy                    11   another run is at work on the same VM
     │   ├── AllocationUnknown            1   no usable block allocation table: read everything
     │   ├── AuthenticationFailed        12   login or certificate refused: stop, don't retry
     │   └── PoolUnreachable             13   nobody answers: retry later
@@ -91,6 +92,12 @@ class ChangesUnknown(PoolError):
 
 class BitmapWrong(PoolError):
     """A block that the pool calls unchanged, or unallocated, holds something else."""
+
+
+class PoolBusy(PoolError):
+    """Another run of cbtfs is at work on the same VM; the text names it."""
+
+    exit_code = 11
 
 
 class AllocationUnknown(PoolError):

@@ -4,39 +4,52 @@
 
     check       the disks are there, as large as then, their VM halted
     snapshot    of the VM as it is now, the user's to keep; of an interrupted run, the one it took
+    block       the VM cannot be started any more
     learn       which blocks differ (see divergence)      a few disks at a time
     write       these, and read some or all of it back
-    finish      the snapshot is no longer marked
+    finish      the snapshot is no longer called unfinished; the VM can be started again
 
 Rules of this file:
 
 1. The safety snapshot has no tag of ours: nothing of cbtfs ever destroys it.
-2. While its restore is not finished it is marked, with its own uuid. A run that finds the mark goes
-   on: what differs is learned anew from the disks as they are, so nothing has to be remembered. A
-   snapshot of a finished restore is never taken for it, as the VM has lived since.
+2. Until its restore is finished its name says so. A run that finds such a one goes on with it only
+   if it still is what was there before: the VM is blocked by the run that took it, and so has not
+   lived since; or the pool's change tracking says that nothing has been written. What differs is
+   learned anew from the disks as they are, so nothing else has to be remembered.
+3. The block comes after the snapshot: who goes back to it gets the VM without. It stays where a run
+   ends early and has written, because what is half restored is not to be started by an oversight.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import msgspec
 import trio
 
-from . import divergence, errors, readback
+from . import divergence, errors, owner, process, readback, vms
 from .bitmap import ChangeBitmap
 from .catalogue import DiskPoint, Reference
 from .chunks import Chunks
 from .committed import Committed
 from .inventory import VDI, VM, Inventory
 from .newdisks import DISKS_AT_ONCE, Goal, Images, Restored
+from .owner import RESTORING, Block, Owned
 from .pool import Pool
+from .process import Process
 from .progress import Progress
 from .readback import Written
 from .store import Store
+from .vdis import IN_USE_PAUSES
 
-MARK = "cbtfs:restoring"
-"""Key in ``other_config`` of a safety snapshot whose restore is not finished."""
+_NAME = "cbtfs before restore of "
+
+UNFINISHED = ", not finished"
+"""End of the name of a safety snapshot whose restore is not finished."""
+
+_PATIENCE = 30.0
+"""Seconds that the pool gets to take a block away that has turned out not to be needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +66,36 @@ class Safety:
         return f"xe snapshot-revert snapshot-uuid={self.uuid}"
 
 
-def vm_of(inventory: Inventory, goal: Goal) -> VM:
-    """Return the VM whose disks are restored, once it is sure that they can be.
+async def found(pool: Pool, goal: Goal) -> tuple[Inventory, VM]:
+    """Return the pool, and of it the VM whose disks are restored, once it is sure that they can be.
+
+    A control domain that has a disk is waited for a while: it lets go of what was sent, or read,
+    by a run that was killed just now.
 
     Raises:
         NotFound: the VM is gone, or a disk.
+        PoolBusy: another run is at work on the VM.
+        PoolError: it is not halted, or a disk is not as large as it was, or attached elsewhere.
+    """
+    for pause in (*IN_USE_PAUSES, None):
+        inventory = await pool.inventory()
+        vm = vm_of(inventory, goal)
+        if not any(_domain_with(inventory, vdi_of(inventory, disk)) for disk in goal.disks):
+            return inventory, vm
+        if pause is not None:
+            await trio.sleep(pause)
+    raise errors.PoolError(
+        f"a control domain has disks of {goal.label} attached: somebody reads or writes them; wait"
+        " for that to end, and run the command again"
+    )
+
+
+def vm_of(inventory: Inventory, goal: Goal) -> VM:
+    """Return the VM whose disks are restored, if they can be but for control domains.
+
+    Raises:
+        NotFound: the VM is gone, or a disk.
+        PoolBusy: another run is at work on the VM.
         PoolError: it is not halted, or a disk is not as large as it was, or attached elsewhere.
     """
     vm = next((vm for vm in inventory.live_vms() if vm.uuid == goal.point.history.uuid), None)
@@ -66,6 +104,9 @@ def vm_of(inventory: Inventory, goal: Goal) -> VM:
             f"the pool has no VM {goal.point.history.uuid}, which {goal.label} is of; restore it"
             " with --to-sr SR"
         )
+    former = owner.read_block(vm.blocked_operations, vm.uuid)
+    if former is not None and not _is_dead(former):
+        raise vms.busy(former, vm.name)
     own = {disk.vdi.ref for disk in inventory.disks_of(vm)}
     for disk in goal.disks:
         vdi = vdi_of(inventory, disk)
@@ -103,13 +144,24 @@ def _check_size(vdi: VDI, disk: DiskPoint) -> None:
 
 
 def _check_users(inventory: Inventory, vm: VM, vdi: VDI) -> None:
-    for vbd in map(inventory.vbds.get, vdi.vbd_refs):
-        other = inventory.vms.get(vbd.vm_ref) if vbd is not None else None
-        if vbd is not None and vbd.currently_attached and other is not None and other != vm:
+    for other in _users(inventory, vdi):
+        if other != vm and not other.is_control_domain:
             raise errors.PoolError(
                 f"VDI {vdi.uuid} is attached to VM {other.name!r} too; shut that down, or detach"
                 " the disk from it"
             )
+
+
+def _domain_with(inventory: Inventory, vdi: VDI) -> VM | None:
+    """Return a control domain that has a disk, None if none does."""
+    return next((vm for vm in _users(inventory, vdi) if vm.is_control_domain), None)
+
+
+def _users(inventory: Inventory, vdi: VDI) -> list[VM]:
+    """Return the VMs to which a disk is attached now."""
+    vbds = [vbd for vbd in map(inventory.vbds.get, vdi.vbd_refs) if vbd is not None]
+    owners = [inventory.vms.get(vbd.vm_ref) for vbd in vbds if vbd.currently_attached]
+    return [vm for vm in owners if vm is not None]
 
 
 class InPlace:
@@ -132,27 +184,102 @@ class InPlace:
         self._inventory = inventory
         self._progress = progress
         self._error: errors.CbtfsError | None = None
+        self._is_half = False
         self._done: dict[str, Restored] = {}
 
-    async def safety(self, vm: VM) -> Safety:
-        """Take the safety snapshot, or return the one of the same restore that was interrupted.
+    @asynccontextmanager
+    async def held(self, vm: VM) -> AsyncGenerator[Safety]:
+        """Keep the VM from starting, with a snapshot of it; at the end of the block it is done.
 
         Raises:
-            PoolError: the pool refused.
+            PoolBusy: another run is at work on the VM.
+            PoolError: the pool refused, or the VM has been started.
         """
+        former = owner.read_block(vm.blocked_operations, vm.uuid)
+        self._is_half = former is not None
+        safety = await self._safety(vm, former)
+        what = "is kept from the run before" if safety.reused else "was taken"
+        self._progress.message(f"a snapshot of {vm.name} {what}; to go back: {safety.way_back}")
+        block = self._block(vm, safety)
+        try:
+            await self._pool.vms.block(vm.ref, self._sentence(vm), block, is_dead=_is_dead)
+            yield safety
+        except BaseException:
+            await self._give_up(vm, safety, block)
+            raise
+        with trio.CancelScope(shield=True):
+            await self._pool.vms.rename(safety.ref, self._name)
+            await self._pool.vms.unblock(vm.ref, is_dead=lambda found: found == block)
+
+    async def _safety(self, vm: VM, former: Block | None) -> Safety:
+        """Take the safety snapshot, or return the one of a restore that was interrupted."""
         for snapshot in reversed(self._inventory.vm_snapshots_of(vm)):
-            if snapshot.other_config.get(MARK) == self._mark(snapshot.uuid):
+            if not (snapshot.name.startswith(_NAME) and snapshot.name.endswith(UNFINISHED)):
+                continue
+            is_its = former is not None and former.snapshot == snapshot.uuid
+            if is_its or (former is None and await self._is_same(snapshot)):
                 return Safety(snapshot.ref, snapshot.uuid, reused=True)
-        name = f"cbtfs before restore of {self._goal.label}"
-        ref, uuid = await self._pool.vms.snapshot(vm.ref, name, key=MARK, value=self._mark)
+            self._progress.message(
+                f"snapshot {snapshot.uuid} is of an interrupted restore, too, and stays: the VM may"
+                " have changed since it was taken"
+            )
+        ref, uuid = await self._pool.vms.snapshot(vm.ref, f"{self._name}{UNFINISHED}")
         return Safety(ref, uuid)
 
-    def _mark(self, uuid: str) -> str:
-        return f"{uuid} {self._goal.point.point.time}"
+    async def _is_same(self, snapshot: VM) -> bool:
+        """Tell whether the disks are certainly as in a snapshot; False if the pool cannot tell."""
+        found = [disk.vdi for disk in self._inventory.disks_of(snapshot)]
+        taken = {vdi.snapshot_of: vdi for vdi in found if vdi.is_a_snapshot}
+        for disk in self._goal.disks:
+            live = vdi_of(self._inventory, disk)
+            old = taken.get(live.ref)
+            if old is None or old.size != live.size:
+                return False
+            try:
+                changed = await self._pool.changed_blocks(old.ref, live.ref, size=live.size)
+            except errors.ChangesUnknown:
+                return False
+            if changed.changed_bytes:
+                return False
+        return True
 
-    async def finish(self, safety: Safety) -> None:
-        """Note that the restore is done."""
-        await self._pool.vms.unmark(safety.ref, MARK)
+    async def _give_up(self, vm: VM, safety: Safety, block: Block) -> None:
+        """Let the VM start again if it is as it was; say what else there is to do."""
+        if not self._is_half:
+            with trio.move_on_after(_PATIENCE, shield=True):
+                try:
+                    await self._pool.vms.unblock(vm.ref, is_dead=lambda found: found == block)
+                except errors.CbtfsError as exc:
+                    self._progress.message(f"{vm.name} stays blocked until cbtfs clean: {exc}")
+            return
+        self._progress.message(
+            f"{vm.name} is half restored and cannot be started: run the command again to finish it,"
+            f" or go back: {safety.way_back}; cbtfs clean lets it start as it is"
+        )
+
+    @property
+    def _name(self) -> str:
+        return f"{_NAME}{self._goal.label}"
+
+    def _sentence(self, vm: VM) -> str:
+        return (
+            f"cbtfs is writing over the disks of this VM, or was killed at it: run the restore of"
+            f" {self._goal.point.point.time} again, or let it start as it is: cbtfs clean, or"
+            f" xe vm-param-remove uuid={vm.uuid} param-name=blocked-operations param-key=start"
+        )
+
+    def _block(self, vm: VM, safety: Safety) -> Block:
+        this = process.this_process()
+        return Block(
+            self_uuid=vm.uuid,
+            role=RESTORING,
+            point=self._goal.point.point.time,
+            host=this.host,
+            pid=this.pid,
+            boot=this.boot,
+            starttime=this.starttime,
+            snapshot=safety.uuid,
+        )
 
     async def differences(self, images: Images) -> list[tuple[DiskPoint, int, str]]:
         """Return for each disk the bytes that differ, and how that is known; nothing is written."""
@@ -220,6 +347,7 @@ class InPlace:
             )
         )
         if source.data:
+            self._is_half = True
             await self._pool.disks.write(vdi.ref, source)
         written = Written(vdi.ref, vdi.uuid, vdi.size)
         verified = await readback.compare(
@@ -235,3 +363,7 @@ class InPlace:
 
     def _key(self, disk: DiskPoint) -> str:
         return f"{self._goal.point.history.name}/{disk.device}"
+
+
+def _is_dead(tag: Owned) -> bool:
+    return Process(tag.host, tag.boot, tag.pid, tag.starttime).is_dead()

@@ -6,6 +6,9 @@
         │ yes
     role ``made``?              yes ─> a user's: not mentioned
         │ no
+    of a disk that is whole     yes ─> only the tag goes
+    and in a user's VM?
+        │ no
     needed by a point?          yes ─> in use: not mentioned
         │ no
     its store is this one?      no ──> left, and said: only that store knows
@@ -27,7 +30,7 @@ from enum import StrEnum
 
 from . import catalogue
 from .inventory import VBD, VDI, VM, Inventory
-from .owner import RESTORED, Owned, read_owner
+from .owner import RESTORED, Owned, read_block, read_owner, read_unfinished, time_of_run
 
 LIVE, BASE = "live", "base"
 """Roles of tags, beside ``RESTORED``, whose objects do not outlive their makers' work."""
@@ -45,6 +48,8 @@ class Kind(StrEnum):
     BASE = "base"
     NEW_VM = "unfinished VM"
     DISK = "unfinished disk"
+    TAG = "tag of a restored disk"
+    BLOCK = "block on starting"
     REMOVED = "removed point"
 
 
@@ -292,7 +297,16 @@ class _Decision:
         why = f"{task.label}, for {_dead(task.maker)}"
         self._sort(thing, reprieve, why)
 
+    def take_block(self, vm: VM) -> None:
+        """Take what keeps a VM from starting, whose disks a dead run was writing over."""
+        block = read_block(vm.blocked_operations, vm.uuid)
+        if block is not None:
+            thing = Thing(Kind.BLOCK, vm.uuid, "", vm.ref)
+            why = f"{vm.name!r} may be half restored (to {block.point}) by {_dead(block)}"
+            self._sort(thing, self._judge.reprieve(block), why)
+
     def take_vm(self, vm: VM) -> None:
+        self.take_block(vm)
         tag = _tag(vm)
         if tag is not None and tag.role == RESTORED and not vm.is_a_snapshot:
             self._take_new_vm(vm, tag)
@@ -328,6 +342,11 @@ class _Decision:
     def _take_unfinished(self, vdi: VDI, tag: Owned) -> None:
         reprieve = self._judge.reprieve(tag)
         if not reprieve and any(self._is_of_user(ref) for ref in vdi.vbd_refs):
+            # it gets its name when all of it is there, and loses its tag after its VM
+            if not time_of_run(vdi.name):
+                why = f"{vdi.name!r} is whole; {_dead(tag)} had yet to say so"
+                self._sort(Thing(Kind.TAG, vdi.uuid, "", vdi.ref), "", why)
+                return
             reprieve = "not finished, but attached to a VM"
         thing = Thing(Kind.DISK, vdi.uuid, "", vdi.ref)
         self._sort(thing, reprieve, f"{vdi.name!r}, half restored by {_dead(tag)}")
@@ -421,7 +440,8 @@ class _Decision:
 
 
 def _tag(record: VM | VDI) -> Owned | None:
-    return read_owner(record.other_config, record.uuid)
+    tag = read_owner(record.other_config, record.uuid)
+    return tag or read_unfinished(record.other_config, uuid=record.uuid, name=record.name)
 
 
 def _dead(maker: Owned) -> str:

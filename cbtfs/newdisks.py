@@ -5,7 +5,8 @@
     open        every image, its digests compared with the point's record; nothing made yet
     make        a tagged VDI, its data sent, some or all of it read back     a few at a time
     use         whoever asked for them does with all of them what is wanted  (a VM)
-    finish      names, tags taken away: from now on they are the user's
+    name        all of them
+    finish      tags taken away: from now on they are the user's; those of a VM after its own
 
 Rules of this file:
 
@@ -16,7 +17,7 @@ Rules of this file:
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -70,10 +71,10 @@ class Goal:
 
     @property
     def owner(self) -> Owned:
-        """The tag on what is not whole yet."""
+        """The tag on what is not whole yet, bound to the name that it has until then."""
         this = process.this_process()
         return Owned(
-            self_uuid="",
+            self_uuid=self.run,
             role=RESTORED,
             point=self.point.point.time,
             host=this.host,
@@ -244,20 +245,48 @@ class NewDisks:
     def _key(self, disk: DiskPoint) -> str:
         return f"{self._goal.point.history.name}/{disk.device}"
 
-    async def give_away(self) -> None:
+    async def give_away(self, to: Callable[[], Awaitable[None]] | None = None) -> None:
         """Give all disks their names, and take their tags away; not to be interrupted.
+
+        Args:
+            to: gives away the VM that has them. Until it returns all of it can be destroyed; from
+                then on they are of a user's VM, and nothing destroys them.
 
         Raises:
             PoolError: the pool does not answer; what is not given away yet is destroyed.
         """
         with trio.CancelScope(shield=True):
             for done in self._done.values():
-                await self._pool.disks.finish(
+                await self._pool.disks.name(
                     done.written.ref,
                     name=done.disk.vdi_name or done.disk.vdi_uuid,
                     description=f"{self._goal.label}/{done.disk.device}, restored by cbtfs",
                 )
-                self._made.remove(done.written.ref)
+            if to is not None:
+                await to()
+                self._made.clear()
+            for done in self._done.values():
+                await self._release(done.written.ref, is_of_vm=to is not None)
+
+    async def _release(self, ref: str, *, is_of_vm: bool) -> None:
+        try:
+            await self._pool.disks.release(ref)
+        except errors.CbtfsError as exc:
+            if not is_of_vm:
+                raise
+            logger.warning("a disk of the new VM keeps its tag until cbtfs clean: %s", exc)
+        else:
+            if not is_of_vm:
+                self._made.remove(ref)
+
+    def leave(self) -> None:
+        """Destroy none of them: a VM has them that stays; ``clean`` knows what is whole."""
+        self._made.clear()
+
+    @property
+    def done(self) -> Sequence[Restored]:
+        """The disks that are whole."""
+        return tuple(self._done.values())
 
     async def _take_back(self) -> None:
         with trio.move_on_after(CLEANUP, shield=True):

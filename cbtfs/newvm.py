@@ -9,8 +9,9 @@ import trio
 
 from . import errors, ovaxml, units
 from .folder import Folder
-from .newdisks import CLEANUP, Goal, Restored
+from .newdisks import CLEANUP, Goal, NewDisks, Restored
 from .ovaxml import Card, Metadata
+from .owner import TAG_OWNER, is_block, write_owner
 from .pool import Pool
 from .store import Store
 from .vms import NetworkNames, VMs
@@ -41,7 +42,12 @@ def read(store: Store, goal: Goal) -> Metadata:
     if not goal.disks:
         raise errors.StoreError(missing)
     with store.image_files(goal.point, goal.disks[0]) as files:
-        return ovaxml.take_apart(_content(files.folder, missing), name=goal.run)
+        return ovaxml.take_apart(
+            _content(files.folder, missing),
+            name=goal.run,
+            other_config={TAG_OWNER: write_owner(goal.owner)},
+            is_ours=is_block,
+        )
 
 
 def _content(folder: Folder, missing: str) -> bytes:
@@ -52,11 +58,12 @@ def _content(folder: Folder, missing: str) -> bytes:
 
 @asynccontextmanager
 async def made(
-    pool: Pool, metadata: Metadata, disks: Sequence[Restored], goal: Goal, *, name: str
+    pool: Pool, metadata: Metadata, new: NewDisks, goal: Goal, *, name: str
 ) -> AsyncGenerator[tuple[NewVM, list[str]]]:
-    """Make a VM with these disks; it is given away at the end of the block.
+    """Make a VM with new disks; both are given away at the end of the block.
 
-    If the block fails, or is cancelled, it is destroyed again; its disks stay.
+    If the block fails, or is cancelled, it is destroyed again, and the disks are left to ``new``.
+    One call makes it the user's, with its disks; what comes after that only tidies up.
 
     Yields:
         The VM, and sentences about what of it is not as it was.
@@ -64,26 +71,28 @@ async def made(
     Raises:
         PoolError: the pool refused.
     """
-    finished = False
+    finished, ref = False, ""
     try:
-        ref, uuid = await pool.vms.create(metadata.archive, run=goal.run, tag=goal.owner)
-        problems = await _with_disks(pool.vms, ref, metadata, disks)
+        ref, uuid = await pool.vms.create(metadata.archive, tag=goal.owner)
+        problems = await _with_disks(pool.vms, ref, metadata, new.done)
         problems += await _with_cards(pool.vms, ref, metadata.cards)
         yield NewVM(uuid, name), problems
-        with trio.CancelScope(shield=True):
-            await pool.vms.finish(ref, name=name)
+        await new.give_away(to=lambda: pool.vms.finish(ref, name=name))
         finished = True
     finally:
         if not finished:
-            await _destroyed(pool.vms, goal.run)
+            await _destroyed(pool.vms, goal.run, ref, new)
 
 
-async def _destroyed(vms: VMs, run: str) -> None:
+async def _destroyed(vms: VMs, run: str, ref: str, new: NewDisks) -> None:
     with trio.move_on_after(CLEANUP, shield=True):
         try:
-            await vms.destroy(run)
+            await vms.destroy(run, made=ref)
         except errors.CbtfsError as exc:
-            logger.warning("an unfinished VM stays in the pool, called %r: %s", run, exc)
+            new.leave()
+            logger.warning("an unfinished VM, %r, stays until cbtfs clean: %s", run, exc)
+        return
+    new.leave()
 
 
 async def _with_disks(

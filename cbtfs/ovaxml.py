@@ -14,7 +14,7 @@ It comes out of a store, and is hostile input.
 
 import io
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
@@ -71,8 +71,20 @@ class Metadata:
     cards: tuple[Card, ...]
 
 
-def take_apart(content: bytes, *, name: str) -> Metadata:
-    """Return the VM in ``content``, the bytes of a ``vm.xml``, to be called ``name``.
+def take_apart(
+    content: bytes,
+    *,
+    name: str,
+    other_config: Mapping[str, str] | None = None,
+    is_ours: Callable[[str], bool] = lambda _: False,
+) -> Metadata:
+    """Return the VM in ``content``, the bytes of a ``vm.xml``.
+
+    Args:
+        content: of the file.
+        name: what the VM is to be called.
+        other_config: what is to be added to its ``other_config``, in place of what is there.
+        is_ours: tells which reasons for blocking an operation are not to be taken over.
 
     Raises:
         StoreError: it is no such file.
@@ -80,7 +92,9 @@ def take_apart(content: bytes, *, name: str) -> Metadata:
     try:
         if b"<!" in content:  # xapi writes neither; entities could grow without bounds
             raise ValueError("it has a document type or a comment")
-        return _Taken(ET.fromstring(content)).metadata(name)
+        taken = _Taken(ET.fromstring(content))
+        taken.change_maps(other_config or {}, is_ours)
+        return taken.metadata(name)
     except (ET.ParseError, ValueError, RecursionError) as exc:
         raise errors.StoreError(
             f"{FILE} of the restore point is not as xapi wrote it ({exc}); restore without"
@@ -110,6 +124,16 @@ class _Taken:
         self._strip()
         text = ET.tostring(self._root, encoding="unicode").replace("\r", "&#13;")
         return Metadata(_archive(text.encode()), slots, cards)
+
+    def change_maps(self, other_config: Mapping[str, str], is_ours: Callable[[str], bool]) -> None:
+        """Add to the VM's ``other_config``, and drop those of its blocks that are ours."""
+        for vm in self._of("VM").values():
+            for field, value in _members(vm):
+                if field == "other_config":
+                    _put(_child(value, "struct"), other_config)
+                elif field == "blocked_operations":
+                    blocked = _child(value, "struct")
+                    _drop(blocked, [key for key, why in _members(value) if is_ours(_text(why))])
 
     def _slots(self) -> tuple[Slot, ...]:
         found: list[Slot] = []
@@ -217,6 +241,20 @@ def _set(record: ET.Element, **changes: str | bool) -> None:
             value.text = None if isinstance(new, bool) else new
             if isinstance(new, bool):
                 ET.SubElement(value, "boolean").text = str(int(new))
+
+
+def _drop(struct: ET.Element, keys: Collection[str]) -> None:
+    for member in struct.findall("member"):
+        if _child(member, "name").text in keys:
+            struct.remove(member)
+
+
+def _put(struct: ET.Element, entries: Mapping[str, str]) -> None:
+    _drop(struct, entries.keys())
+    for key, text in entries.items():
+        member = ET.SubElement(struct, "member")
+        ET.SubElement(member, "name").text = key
+        ET.SubElement(member, "value").text = text
 
 
 def _archive(content: bytes) -> bytes:

@@ -27,7 +27,7 @@ from .exports import Exports
 from .fresh import Fresh
 from .inventory import TAG_OWNER, Inventory, Owned
 from .nbd import Export, Timeouts
-from .owner import RESTORED, time_of_run
+from .owner import read_unfinished, time_of_run
 from .vdis import VDIs
 from .vms import VMs
 from .xapi import Session
@@ -339,6 +339,15 @@ class Pool:
         if await self._is_unfinished("VDI", vdi_ref):
             await self._while_in_use("VDI.destroy", vdi_ref, busy=vdi_ref)
 
+    async def release_disk(self, vdi_ref: str) -> None:
+        """Take the tag from a disk that a restore made, and that is whole and a user's VM's.
+
+        Raises:
+            PoolError: it is not ours.
+        """
+        if await self._is_unfinished("VDI", vdi_ref):
+            await self.disks.release(vdi_ref)
+
     async def _is_unfinished(self, class_name: str, ref: str) -> bool:
         """Tell whether there is such a VM or disk still.
 
@@ -348,8 +357,8 @@ class Pool:
         record = await self._record(class_name, ref)
         if record is None:
             return False
-        owner = inventory.read_owner(record.other_config, record.uuid)
-        if owner is None or owner.role != RESTORED or record.is_a_snapshot:
+        owner = read_unfinished(record.other_config, uuid=record.uuid, name=record.name_label)
+        if owner is None or record.is_a_snapshot:
             raise errors.PoolError(
                 f"{class_name} {record.uuid} ({record.name_label!r}) is left alone: it is none that"
                 " cbtfs has yet to finish"

@@ -82,6 +82,7 @@ class VMRecord(Record, frozen=True, gc=False):
     VBDs: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
     other_config: dict[str, str] = {}
+    blocked_operations: dict[str, str] = {}
     resident_on: str = ""
 
 

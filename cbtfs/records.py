@@ -76,6 +76,7 @@ class VM:
     vbd_refs: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
     other_config: Mapping[str, str] = field(default_factory=dict[str, str])
+    blocked_operations: Mapping[str, str] = field(default_factory=dict[str, str])
     resident_on: str = ""
 
 

@@ -1,7 +1,8 @@
 """VDIs: disks that cbtfs makes in a pool, from their creation until they are given away.
 
-A disk is called as its run is, and tagged, until it is whole; only then does it get its name and
-lose the tag. So whatever a killed run leaves is known as ours, and never taken for a restored disk.
+A disk is called as its run is, and tagged from its creation until it is whole; only then does it
+get its name, and lose the tag. So whatever a killed run leaves is known as ours, and never taken
+for a restored disk.
 
 Nothing is destroyed here unless the pool says, asked just before, that it is tagged as such a disk.
 """
@@ -70,6 +71,8 @@ class VDIs:
         async def undo(ref: str) -> None:
             await self._session.call_async("VDI.destroy", ref)
 
+        # what has no tag is never cleaned up, and its uuid nobody knows before it is there
+        unbound = msgspec.structs.replace(disk.owner, self_uuid=disk.run, role=RESTORED)
         nothing: dict[str, object] = {}
         fields: dict[str, object] = {
             "name_label": disk.run,
@@ -79,19 +82,19 @@ class VDIs:
             "type": "user",
             "sharable": False,
             "read_only": False,
-            "other_config": nothing,
+            "other_config": {TAG_OWNER: owner.write_owner(unbound)},
             "xenstore_data": nothing,
             "sm_config": nothing,  # beyond 2040 GiB an SR that can makes a QCOW2 by itself
         }
         ref = await self._session.call_async("VDI.create", fields, undo=undo)
         try:
-            # what has no tag is never cleaned up
             with trio.fail_after(_TAGGING) as scope:
                 scope.shield = True
                 record = await self._session.fetch("VDI.get_record", ref, type=_Record)
                 tag = msgspec.structs.replace(disk.owner, self_uuid=record.uuid, role=RESTORED)
-                value = owner.write_owner(tag)
-                await self._session.call("VDI.add_to_other_config", ref, TAG_OWNER, value)
+                # in one step, so that what is ours is never without a tag
+                config = {**record.other_config, TAG_OWNER: owner.write_owner(tag)}
+                await self._session.call("VDI.set_other_config", ref, config)
         except BaseException as exc:
             with trio.move_on_after(_TAGGING, shield=True):
                 await undo(ref)
@@ -100,10 +103,13 @@ class VDIs:
             raise
         return ref, record.uuid, record.virtual_size
 
-    async def finish(self, ref: str, *, name: str, description: str) -> None:
-        """Give a disk its name, and take its tag away: from now on it is its user's."""
+    async def name(self, ref: str, *, name: str, description: str) -> None:
+        """Give a disk that is whole its name."""
         await self._session.call("VDI.set_name_label", ref, name)
         await self._session.call("VDI.set_name_description", ref, description)
+
+    async def release(self, ref: str) -> None:
+        """Take a disk's tag away: from now on it is its user's."""
         await self._session.call("VDI.remove_from_other_config", ref, TAG_OWNER)
 
     async def destroy(self, ref: str) -> None:
@@ -116,8 +122,10 @@ class VDIs:
             record = await self._record(ref)
             if record is None:
                 return
-            tag = owner.read_owner(record.other_config, record.uuid)
-            if tag is None or tag.role != RESTORED or record.is_a_snapshot:
+            tag = owner.read_unfinished(
+                record.other_config, uuid=record.uuid, name=record.name_label
+            )
+            if tag is None or record.is_a_snapshot:
                 raise errors.PoolError(
                     f"VDI {record.uuid} ({record.name_label!r}) is left alone: it is no disk that"
                     " cbtfs has yet to finish"

@@ -11,13 +11,14 @@ from datetime import UTC, datetime, timedelta
 from cbtfs import catalogue
 from cbtfs.inventory import TAG_OWNER, VBD, VDI, VM, Inventory, write_owner
 from cbtfs.leftovers import Folder, Judge, Partial, PoolTask, Shelf, Wish
-from cbtfs.owner import Owned, read_owner
+from cbtfs.owner import Block, Owned, read_owner, write_block
 from cbtfs.records import Pool
 
 HOST, ELSEWHERE = "backup1", "backup2"
 DEAD, ALIVE = 4711, 42
 STORE, OTHER_STORE = "57000000-0000-4000-8000-000000000001", "57000000-0000-4000-8000-000000000002"
 POOL = "9001"
+RUN = "cbtfs 20261121T020000Z 0123456789abcdef"
 NOW = datetime(2026, 11, 22, 2, tzinfo=UTC)
 
 
@@ -66,6 +67,7 @@ class Fantasy:
             self._of_another_tool, self._stuck_but_not_ours, self._with_a_copied_tag,
             self._with_a_broken_tag, self._made, self._live, self._restored, self._of_no_folder,
             self._of_another_store, self._task, self._not_even_a_snapshot,
+            self._with_the_tag_of_a_run, self._blocked,
         ]  # fmt: skip
         for _ in range(self.rng.randrange(4, 20)):
             self.rng.choice(stories)()
@@ -156,14 +158,17 @@ class Fantasy:
 
     def _restored(self) -> None:
         uuid, owner = self._uuid(), self._owner()
-        config = self._tag(uuid, owner, role="restored")
+        name = self.rng.choice([RUN, "disk"])  # its own it gets when it is whole
+        config = self._restored_tag(uuid, owner, name)
         if self.rng.random() < 0.2:
             self._snapshot(uuid, config)  # nothing ever makes such a thing
             return
-        vdi = self._disk(config, uuid)
+        vdi = self._disk(config, uuid, name=name)
         way = self.rng.random()
         if way < 0.3:
             self._attach(vdi, "RW", vm=self._live_vm().ref)
+            if name != RUN and self._is_dead(owner):
+                self.doomed.add(vdi.ref)  # only its tag
         elif way < 0.6:
             self._half_a_vm(vdi, owner)
         elif self._is_dead(owner):
@@ -172,13 +177,44 @@ class Fantasy:
     def _half_a_vm(self, vdi: VDI, owner: Owned) -> None:
         """Attach an unfinished disk to a VM that is not finished either."""
         uuid = self._uuid()
-        state = self.rng.choice(["Halted", "Running"])
-        config = self._tag(uuid, owner, role="restored")
-        vm = VM(ref=self._ref(), uuid=uuid, power_state=state, other_config=config)
+        state, name = self.rng.choice(["Halted", "Running"]), self.rng.choice([RUN, "new"])
+        config = self._restored_tag(uuid, owner, name)
+        vm = VM(ref=self._ref(), uuid=uuid, name=name, power_state=state, other_config=config)
         self._add_vm(vm)
         self._attach(vdi, "RW", vm=vm.ref)
         if state == "Halted" and self._is_dead(owner):
             self.doomed |= {vm.ref, vdi.ref}
+        elif vdi.name != RUN and self._is_dead(owner):
+            self.doomed.add(vdi.ref)  # only its tag
+
+    def _restored_tag(self, uuid: str, owner: Owned, name: str) -> dict[str, str]:
+        """Return a tag bound to a uuid, or to the name of its run as long as that is the name."""
+        bound = RUN if name == RUN and self.rng.random() < 0.5 else uuid
+        return self._tag(uuid, owner, role="restored", bound=bound)
+
+    def _with_the_tag_of_a_run(self) -> None:
+        """Give something else a tag that is bound to the name of a run: a copy, renamed."""
+        owner = Owned(self_uuid="", role="", host=HOST, pid=DEAD, boot="b", starttime=1)
+        config = self._tag("", owner, role=self.rng.choice(["restored", "live"]), bound=RUN)
+        self._disk(config, self._uuid(), name=self.rng.choice(["disk", RUN[:-1]]))
+        self._add_vm(VM(ref=self._ref(), uuid=self._uuid(), name="", other_config=config))
+
+    def _blocked(self) -> None:
+        """Keep a VM from starting: by a run, by a sentence about another VM, by somebody."""
+        uuid, owner = self._uuid(), self._owner()
+        is_ours = self.rng.random() < 0.5
+        bound = uuid if is_ours else self.rng.choice([self._uuid(), ""])
+        block = Block(
+            self_uuid=bound, role="restoring", host=owner.host, pid=owner.pid, snapshot=self._uuid()
+        )
+        reason = write_block("do not", block)
+        if not is_ours and self.rng.random() < 0.5:
+            reason = self.rng.choice(["in repair", "{}", reason[:-1], reason + "}", ""])
+        keys = self.rng.choice([["start"], ["start_on"], ["start", "start_on", "destroy"]])
+        vm = VM(ref=self._ref(), uuid=uuid, blocked_operations=dict.fromkeys(keys, reason))
+        self._add_vm(vm)
+        if is_ours and self._is_dead(owner):
+            self.doomed.add(vm.ref)
 
     def _task(self) -> None:
         owner = self._owner()
@@ -297,9 +333,11 @@ class Fantasy:
         self.vdis[vdi.ref] = vdi
         return vdi
 
-    def _disk(self, config: dict[str, str] | None = None, uuid: str = "") -> VDI:
+    def _disk(
+        self, config: dict[str, str] | None = None, uuid: str = "", name: str = "disk"
+    ) -> VDI:
         uuid = uuid or self._uuid()
-        vdi = VDI(ref=self._ref(), uuid=uuid, name="disk", other_config=config or {})
+        vdi = VDI(ref=self._ref(), uuid=uuid, name=name, other_config=config or {})
         self.vdis[vdi.ref] = vdi
         return vdi
 

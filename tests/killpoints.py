@@ -27,6 +27,7 @@ Mode = Literal[
     "count",  # nothing happens
     "kill",  # SIGKILL in place of the call, which is to say: after the call before it
     "half",  # of the bytes of a write the first half, then SIGKILL
+    "int",  # SIGINT, and the call is made
     "eio",  # the call fails
     "eio-on",  # it fails, and so does all that follows: the disk is gone
     "enospc",
@@ -103,7 +104,7 @@ class Points:
         return guarded
 
     def call(self, method: str) -> None:
-        """Count a call to the pool, as one that changes something."""
+        """Count a call to the pool, or its answer, as one that changes something."""
         self._next("call", method, ())
 
     # ── What happens ─────────────────────────────────────────────────────────────────────────
@@ -126,6 +127,9 @@ class Points:
             return 0
         if self._mode == "half" and name in WRITES:
             self._write_half(arguments)
+        if self._mode == "int":
+            os.kill(os.getpid(), signal.SIGINT)
+            return 0
         if self._mode in {"kill", "half"}:
             os.kill(os.getpid(), signal.SIGKILL)
             signal.pause()  # with the lock: no other call begins while the signal is on its way

@@ -15,14 +15,20 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from ssl import SSLContext
+from typing import Literal
 
 import msgspec
 
-from cbtfs import __main__ as program
+from cbtfs import __main__ as program, upload
 from cbtfs.cli.app import application
+from cbtfs.handlers import Web
+from cbtfs.wire import Lines
 from cbtfs.xapi import Session
 
 from .killpoints import Mode, Points
+
+Calls = Literal["none", "changes", "all"]
 
 HANGS = 120
 """Seconds after which a run counts as one that never ends, and is ended by SIGALRM."""
@@ -31,7 +37,8 @@ HANGS = 120
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """One run: what is called, where its messages go, the fault, and constants of modules.
 
-    With ``calls`` what changes the pool counts too, and each question how a task is doing.
+    With the ``calls`` that are changes what changes the pool counts too, and each question how a
+    task is doing; with all of them everything that is sent to xapi, and each answer.
     """
 
     argv: list[str]
@@ -41,7 +48,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     at: int = 0
     match: str = ""
     settings: dict[str, int] = {}
-    calls: bool = False
+    calls: Calls = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,7 @@ class Runner:
         mode: Mode = "count",
         at: int = 0,
         match: str = "",
-        calls: bool = False,
+        calls: Calls = "none",
     ) -> Done:
         """Run ``cbtfs ARGV`` with a fault at the ``at``-th call that changes ``root``.
 
@@ -95,7 +102,8 @@ class Runner:
             mode: the kind of fault.
             at: which call, from 1; 0 for none.
             match: what the line of a call in the trace must contain to be counted for ``at``.
-            calls: whether calls that change the pool are counted, too.
+            calls: to the pool that are counted, too: none, those that change it, or all, with
+                pieces of uploads, and the answers to both.
         """
         order = Order(
             argv=list(argv),
@@ -179,8 +187,10 @@ def _become(order: Order) -> None:
         trace=directory / "trace",
     )
     points.install()
-    if order.calls:
+    if order.calls == "changes":
         _count_calls(points)
+    elif order.calls == "all":
+        _count_all(points)
     for name, value in order.settings.items():
         having = [m for at, m in sys.modules.items() if at.startswith("cbtfs.") and name in vars(m)]
         assert having, f"no module has {name}"
@@ -203,6 +213,43 @@ def _count_calls(points: Points) -> None:
 
     setattr(Session, "call", counted_call)  # noqa: B010 - a method cannot be assigned
     setattr(Session, "_fetch_raw", counted_fetch)  # noqa: B010
+
+
+def _count_all(points: Points) -> None:
+    """Count what leaves for xapi before it is sent, and again when its answer is there."""
+    call, post = Lines.call, Web.post
+    patiently, answer = vars(upload)["_patiently"], vars(upload)["_answer"]
+
+    async def counted_call(
+        self: Lines, host: str, context: SSLContext, method: str, params: Sequence[object]
+    ) -> object:
+        points.call(method)
+        value = await call(self, host, context, method, params)
+        points.call(f"{method} answered")
+        return value
+
+    async def counted_post(
+        self: Web, host: str, context: SSLContext, method: str, params: Sequence[object]
+    ) -> bytes:
+        points.call(method)
+        value = await post(self, host, context, method, params)
+        points.call(f"{method} answered")
+        return value
+
+    async def counted_piece(stream: object, data: bytes | memoryview) -> None:
+        points.call("upload")
+        await patiently(stream, data)
+        points.call("upload sent")
+
+    async def counted_answer(stream: object) -> bytes:
+        data: bytes = await answer(stream)
+        points.call("upload answered")
+        return data
+
+    setattr(Lines, "call", counted_call)  # noqa: B010
+    setattr(Web, "post", counted_post)  # noqa: B010
+    setattr(upload, "_patiently", counted_piece)  # noqa: B010
+    setattr(upload, "_answer", counted_answer)  # noqa: B010
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def clean(trial: Trial, *arguments: str, at: int = 0) -> Done:
     config = ["--config", str(trial.small.pool.config), "--store", str(trial.store)]
     mode: Mode = "kill" if at else "count"
     return trial.runner.run(
-        [*config, "clean", *arguments], root=trial.store, mode=mode, at=at, calls=True
+        [*config, "clean", *arguments], root=trial.store, mode=mode, at=at, calls="changes"
     )
 
 

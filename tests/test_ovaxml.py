@@ -74,6 +74,24 @@ def test_the_vm_and_its_cd_drive_stay() -> None:
     assert stays["Ref:cd"]["currently_attached"] is False
 
 
+def test_maps_of_the_vm_get_a_tag_and_lose_our_blocks() -> None:
+    maps: dict[str, values.Value] = {
+        "other_config": {"k": "v", "tag": "another's"},
+        "blocked_operations": {"start": "ours", "start_on": "ours", "destroy": "theirs"},
+    }
+    objects: list[values.Value] = [thing("VM", "Ref:0", name_label="web1", **maps)]
+    text = values.xml({"version": {"export_vsn": "2"}, "objects": objects}).encode()
+
+    taken = ovaxml.take_apart(
+        text, name="n", other_config={"tag": "<&>"}, is_ours=lambda reason: reason == "ours"
+    )
+
+    assert left(taken)["Ref:0"]["other_config"] == {"k": "v", "tag": "<&>"}
+    assert left(taken)["Ref:0"]["blocked_operations"] == {"destroy": "theirs"}
+    kept = left(ovaxml.take_apart(text, name="n"))["Ref:0"]
+    assert {name: kept[name] for name in maps} == maps
+
+
 @given(TEXT, TEXT)
 def test_any_name_can_be_replaced_by_any_other(old: str, new: str) -> None:
     stays = left(ovaxml.take_apart(content(old), name=new))

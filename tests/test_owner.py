@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from cbtfs import owner
-from cbtfs.owner import Owned
+from cbtfs.owner import Block, Owned
 
 OWNED = Owned(
     self_uuid="u1",
@@ -79,3 +79,51 @@ def test_a_run_is_known_by_the_name_of_its_snapshot() -> None:
 )
 def test_other_snapshots_are_of_no_run(name: str) -> None:
     assert owner.time_of_run(name) == ""
+
+
+# ── what a restore makes ─────────────────────────────────────────────────────────────────────
+
+RUN = owner.run_name("20261122T020000Z", "0123456789abcdef")
+
+
+def restored(bound: str) -> dict[str, str]:
+    """Return an ``other_config`` with the tag of what is not finished."""
+    return {owner.TAG_OWNER: owner.write_owner(Owned(self_uuid=bound, role="restored"))}
+
+
+def test_what_has_no_uuid_yet_is_bound_to_the_name_of_its_run() -> None:
+    assert owner.read_unfinished(restored(RUN), uuid="u1", name=RUN) is not None
+    assert owner.read_unfinished(restored("u1"), uuid="u1", name=RUN) is not None
+    assert owner.read_unfinished(restored("u1"), uuid="u1", name="any") is not None
+
+
+@pytest.mark.parametrize(("bound", "name"), [(RUN, "other"), ("n", "n"), ("u2", RUN), ("", "")])
+def test_another_name_or_uuid_is_another_object(bound: str, name: str) -> None:
+    assert owner.read_unfinished(restored(bound), uuid="u1", name=name) is None
+
+
+def test_only_a_restore_leaves_something_unfinished() -> None:
+    other_config = {owner.TAG_OWNER: owner.write_owner(Owned(self_uuid=RUN, role="live"))}
+
+    assert owner.read_unfinished(other_config, uuid="u1", name=RUN) is None
+
+
+# ── what keeps a VM from starting ────────────────────────────────────────────────────────────
+
+
+@given(st.text(), st.text())
+def test_a_block_is_read_after_any_sentence(sentence: str, snapshot: str) -> None:
+    block = Block(self_uuid="u1", role=owner.RESTORING, pid=7, snapshot=snapshot)
+    reason = owner.write_block(sentence, block)
+
+    assert reason.startswith(sentence)
+    for key in owner.BLOCKED:
+        assert owner.read_block({"destroy": "true", key: reason}, "u1") == block
+    assert owner.read_block({"start": reason}, "u2") is None
+    assert owner.read_block({"pause": reason}, "u1") is None
+
+
+@given(st.text(alphabet=st.characters(categories=None)))
+def test_any_reason_can_be_asked(reason: str) -> None:
+    assert owner.read_block({"start": reason}, "u1") is None
+    assert not owner.is_block(reason)

@@ -8,7 +8,7 @@ import struct
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from cbtfs import owner, readback, units
 
 from . import bigdisks
 from .commands import Shell, items, leftovers
+from .simulated import Failure
 from .smallvm import Small, running_small
 
 pytestmark = pytest.mark.timeout(120)
@@ -45,9 +46,9 @@ def shell(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Shell:
     return made
 
 
-def write(small: Small, device: str, content: dict[int, bytes]) -> None:
+def write(small: Small, device: str, content: dict[int, bytes], vm: str = "v") -> None:
     """Write into a running guest's disk."""
-    guest = small.pool.open_guest("v", device)
+    guest = small.pool.open_guest(vm, device)
     for offset, data in content.items():
         guest.pwrite(data, offset)
     guest.shutdown()
@@ -159,7 +160,7 @@ def test_an_sr_is_named_exactly(small: Small, shell: Shell) -> None:
     [
         ("http.upload_cut", "100K", "VDI_IO_ERROR"),
         ("xapi.fail", "import_raw_vdi:SR_BACKEND_FAILURE_46", "SR_BACKEND_FAILURE_46"),
-        ("xapi.fail", "VDI.add_to_other_config:INTERNAL_ERROR", "INTERNAL_ERROR"),
+        ("xapi.fail", "VDI.set_other_config:INTERNAL_ERROR", "INTERNAL_ERROR"),
         ("xapi.fail", "VDI.set_name_label:INTERNAL_ERROR", "INTERNAL_ERROR"),
     ],
 )
@@ -368,7 +369,14 @@ def test_a_second_vm_gets_other_addresses(small: Small, shell: Shell) -> None:
 
 @pytest.mark.parametrize(
     "call",
-    ["import_metadata", "VBD.create", "VM.set_name_label"],
+    [
+        "import_metadata",
+        "VM.set_other_config",
+        "VBD.create",
+        "VDI.set_name_label",
+        "VM.set_name_label",
+        "VM.remove_from_other_config",
+    ],
 )
 def test_what_fails_of_a_vm_leaves_neither_vm_nor_disks(
     small: Small, shell: Shell, call: str
@@ -383,8 +391,7 @@ def test_what_fails_of_a_vm_leaves_neither_vm_nor_disks(
 
     assert "INTERNAL_ERROR" in done.stderr
     assert set(small.api.records("VM")) == vms
-    if call != "VM.set_name_label":  # whole by then, and given away
-        assert new_disks(small) == {}
+    assert new_disks(small) == {}
 
 
 def test_a_vm_needs_a_whole_point_and_its_metadata(small: Small, shell: Shell) -> None:
@@ -543,3 +550,111 @@ def test_what_is_not_as_it_was_is_not_written_over(small: Small, own: Shell) -> 
         assert "had 2097152 when the restore point was made" in grown.stderr
         assert "no disk of VM 'p' any more" in detached.stderr
         assert safety_snapshots(small) == []
+
+
+def blocks_on(p: Small) -> dict[str, str]:
+    """Return what of a VM is blocked, and why."""
+    blocked = p.api.call("VM.get_blocked_operations", p.vm)
+    assert isinstance(blocked, dict)
+    return {str(key): str(reason) for key, reason in blocked.items()}
+
+
+@contextlib.contextmanager
+def running(shell: Shell, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a command at the same time."""
+    command = shell.command(*arguments)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=shell.env()) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def await_true(condition: Callable[[], object]) -> None:
+    """Wait until something comes true."""
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_vm_does_not_start_while_its_disks_are_written_over(small: Small, own: Shell) -> None:
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        patch(p, p.disk("p 0"), blocks(*range(38)))
+        small.pool.set("http.upload_stall", "100K")
+        with running(own, "restore", "p/latest", "--in-place") as restore:
+            await_true(lambda: leftovers(small.pool).dom0_vbds and len(blocks_on(p)) == 2)
+            host = next(iter(p.api.records("host")))
+            refused = pytest.raises(Failure, match=r"OPERATION_BLOCKED .*cbtfs is writing")
+            with refused:
+                p.api.call("VM.start", p.vm, False, False)
+            with refused:
+                p.api.call("VM.start_on", p.vm, host, False, False)
+            second = own.run("restore", "p/latest", "--in-place", status=11)
+            at_work = own.json("clean")
+            restore.send_signal(signal.SIGINT)
+            _, told = restore.communicate(timeout=60)
+        small.pool.set("http.upload_stall", "")
+
+        assert f"process {restore.pid}" in second.stderr
+        assert f"process {restore.pid} is at work" in str(at_work["left"])
+        assert restore.returncode == 130
+        assert "half restored and cannot be started" in told
+        assert blocks_on(p).keys() == {"start", "start_on"}
+        # who lets it live all the same gets a second snapshot, of that
+        assert "block on starting" in own.run("clean").stdout
+        assert blocks_on(p) == {}
+        p.api.call("VM.start", p.vm, False, False)
+        write(p, "xvda", blocks(1), vm="p")
+        p.api.call("VM.hard_shutdown", p.vm)
+        again = own.run("restore", "p/latest", "--in-place")
+        assert "may have changed since it was taken" in again.stderr
+        assert len(safety_snapshots(small)) == 2
+
+
+def test_what_others_have_blocked_stays_blocked(small: Small, own: Shell) -> None:
+    theirs = {"start": "in repair", "destroy": "true"}
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        patch(p, p.disk("p 0"), blocks(3))
+        p.api.call("VM.set_blocked_operations", p.vm, theirs)
+
+        own.json("restore", "p/latest", "--in-place")
+
+        assert blocks_on(p) == theirs
+        p.api.call("VM.set_blocked_operations", p.vm, {})
+
+
+def test_what_has_not_written_blocks_nothing_and_needs_no_other_snapshot(
+    small: Small, own: Shell
+) -> None:
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        patch(p, p.disk("p 0"), blocks(3))
+        small.pool.set("xapi.fail", "VDI.get_nbd_info:INTERNAL_ERROR")
+
+        own.run("restore", "p/latest", "--in-place", status=1)
+
+        small.pool.set("xapi.fail", "")
+        assert blocks_on(p) == {}
+        (snapshot,) = safety_snapshots(small)
+        assert own.json("restore", "p/latest", "--in-place")["safety_snapshot"] == snapshot
+
+
+def test_a_vm_that_was_started_meanwhile_is_not_written_over(small: Small, own: Shell) -> None:
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        patch(p, p.disk("p 0"), blocks(3))
+        before = content(small)
+        small.pool.set("xapi.delay", "VM.add_to_blocked_operations:1s")
+        with running(own, "restore", "p/latest", "--in-place") as restore:
+            await_true(lambda: safety_snapshots(small))
+            p.api.call("VM.start", p.vm, False, False)
+            _, told = restore.communicate(timeout=60)
+        small.pool.set("xapi.delay", "")
+        p.api.call("VM.hard_shutdown", p.vm)
+
+        assert restore.returncode == 1
+        assert "was started just now" in told
+        assert (content(small), blocks_on(p)) == (before, {})

@@ -81,14 +81,13 @@ class _Run:
             with progress.open_progress(kind, sys.stderr) as view:
                 new = NewDisks(pool, self.goal, view)
                 async with new.made(images, sr) as disks:
-                    return disks, await self._use(pool, new, disks)
+                    return disks, await self._use(pool, new)
 
     async def in_place(self) -> tuple[Sequence[Restored], Safety] | None:
         """Return what was written, and the snapshot of before; None after a dry run."""
         opening = newdisks.opened(self.store, self.goal)
         async with opening as images, contexts.opened_pool(self.options) as pool:
-            inventory = await pool.inventory()
-            vm = inplace.vm_of(inventory, self.goal)
+            inventory, vm = await inplace.found(pool, self.goal)
             await pool.check_nbd()
             kind = contexts.progress_kind(self.options, as_json=self.wish.json_progress)
             with progress.open_progress(kind, sys.stderr) as view:
@@ -96,24 +95,20 @@ class _Run:
                 if self.wish.dry_run:
                     _show_differences(self.options, self.goal, await run.differences(images))
                     return None
-                safety = await run.safety(vm)
-                what = "is kept from the run before" if safety.reused else "was taken"
-                view.message(f"a snapshot of {vm.name} {what}; to go back: {safety.way_back}")
-                disks = await run.run(images)
-                await run.finish(safety)
+                async with run.held(vm) as safety:
+                    disks = await run.run(images)
                 return disks, safety
 
-    async def _use(self, pool: Pool, new: NewDisks, disks: Sequence[Restored]) -> NewVM | None:
+    async def _use(self, pool: Pool, new: NewDisks) -> NewVM | None:
         """Give the disks away, to a new VM if one is wanted."""
         if self.metadata is None:
             await new.give_away()
             return None
-        making = newvm.made(pool, self.metadata, disks, self.goal, name=self.wish.vm_name)
+        making = newvm.made(pool, self.metadata, new, self.goal, name=self.wish.vm_name)
         async with making as (vm, problems):
             for problem in problems:
                 contexts.warn(problem)
-            await new.give_away()
-            return vm
+        return vm
 
 
 def _find_sr(inventory: Inventory, name_or_uuid: str) -> SR:
