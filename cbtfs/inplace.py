@@ -58,7 +58,6 @@ class Safety:
 
     ref: str
     uuid: str
-    reused: bool = False
 
     @property
     def way_back(self) -> str:
@@ -107,6 +106,7 @@ def vm_of(inventory: Inventory, goal: Goal) -> VM:
     former = owner.read_block(vm.blocked_operations, vm.uuid)
     if former is not None and not _is_dead(former):
         raise vms.busy(former, vm.name)
+    _check_half(vm, former, goal)
     own = {disk.vdi.ref for disk in inventory.disks_of(vm)}
     for disk in goal.disks:
         vdi = vdi_of(inventory, disk)
@@ -133,6 +133,20 @@ def vdi_of(inventory: Inventory, disk: DiskPoint) -> VDI:
             " it with --to-sr SR"
         )
     return vdi
+
+
+def _check_half(vm: VM, former: Block | None, goal: Goal) -> None:
+    """Refuse to restore some of the disks that an earlier run may have left half written.
+
+    In the end the VM could be started.
+    """
+    missing = set(former.disks) - {disk.vdi_uuid for disk in goal.disks} if former else set[str]()
+    if former is not None and missing:
+        way_back = Safety("", former.snapshot).way_back
+        raise errors.PoolError(
+            f"VM {vm.name!r} is half restored, to {former.point}, and {goal.label} is not of all of"
+            f" its disks that are; finish that first, or go back: {way_back}"
+        )
 
 
 def _check_size(vdi: VDI, disk: DiskPoint) -> None:
@@ -198,8 +212,6 @@ class InPlace:
         former = owner.read_block(vm.blocked_operations, vm.uuid)
         self._is_half = former is not None
         safety = await self._safety(vm, former)
-        what = "is kept from the run before" if safety.reused else "was taken"
-        self._progress.message(f"a snapshot of {vm.name} {what}; to go back: {safety.way_back}")
         block = self._block(vm, safety)
         try:
             await self._pool.vms.block(vm.ref, self._sentence(vm), block, is_dead=_is_dead)
@@ -218,13 +230,24 @@ class InPlace:
                 continue
             is_its = former is not None and former.snapshot == snapshot.uuid
             if is_its or (former is None and await self._is_same(snapshot)):
-                return Safety(snapshot.ref, snapshot.uuid, reused=True)
+                found = Safety(snapshot.ref, snapshot.uuid)
+                self._tell(vm, "is kept from the run before", found)
+                return found
             self._progress.message(
                 f"snapshot {snapshot.uuid} is of an interrupted restore, too, and stays: the VM may"
                 " have changed since it was taken"
             )
-        ref, uuid = await self._pool.vms.snapshot(vm.ref, f"{self._name}{UNFINISHED}")
-        return Safety(ref, uuid)
+        ref, uuid = await self._pool.vms.snapshot(
+            vm.ref,
+            f"{self._name}{UNFINISHED}",
+            late=lambda uuid: self._tell(vm, "was taken, too", Safety("", uuid)),
+        )
+        taken = Safety(ref, uuid)
+        self._tell(vm, "was taken", taken)
+        return taken
+
+    def _tell(self, vm: VM, what: str, safety: Safety) -> None:
+        self._progress.message(f"a snapshot of {vm.name} {what}; to go back: {safety.way_back}")
 
     async def _is_same(self, snapshot: VM) -> bool:
         """Tell whether the disks are certainly as in a snapshot; False if the pool cannot tell."""
@@ -279,6 +302,7 @@ class InPlace:
             boot=this.boot,
             starttime=this.starttime,
             snapshot=safety.uuid,
+            disks=tuple(disk.vdi_uuid for disk in self._goal.disks),
         )
 
     async def differences(self, images: Images) -> list[tuple[DiskPoint, int, str]]:

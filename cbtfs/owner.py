@@ -71,9 +71,11 @@ class Block(Owned, frozen=True, kw_only=True):
 
     Attributes:
         snapshot: uuid of the snapshot that has the VM's disks as they were before.
+        disks: uuids of the disks that may be half written.
     """
 
     snapshot: str = ""
+    disks: tuple[str, ...] = ()
 
 
 def read_owner(other_config: Mapping[str, str], uuid: str) -> Owned | None:

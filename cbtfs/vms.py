@@ -144,10 +144,25 @@ class VMs:
 
     # ── one whose disks are written over ─────────────────────────────────────────────────────────
 
-    async def snapshot(self, vm_ref: str, name: str) -> tuple[str, str]:
-        """Snapshot a VM for its user; return the snapshot's ref and uuid."""
-        ref = await self._session.call_async("VM.snapshot", vm_ref, name)
-        return ref, await self._session.fetch("VM.get_uuid", ref, type=str)
+    async def snapshot(
+        self, vm_ref: str, name: str, *, late: Callable[[str], None]
+    ) -> tuple[str, str]:
+        """Snapshot a VM for its user; return the snapshot's ref and uuid.
+
+        If cancelled, and the pool takes it all the same, ``late`` is given its uuid.
+        """
+
+        async def uuid_of(ref: str) -> str:
+            return await self._session.fetch("VM.get_uuid", ref, type=str)
+
+        async def undo(ref: str) -> None:
+            late(await uuid_of(ref))
+
+        uuid = ""
+        ref = await self._session.call_async("VM.snapshot", vm_ref, name, undo=undo)
+        with trio.CancelScope(shield=True):
+            uuid = await uuid_of(ref)
+        return ref, uuid
 
     async def rename(self, ref: str, name: str) -> None:
         """Give a VM or a snapshot another name."""

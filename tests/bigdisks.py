@@ -151,27 +151,57 @@ def write_scattered(
 
 def sync(shell: Shell, name: str) -> Cost:
     """Sync a VM by the real command; return what that cost."""
+    spent = measured(shell, "-q", "sync", "--vm", name)
+    if spent.status:
+        sys.exit(f"cbtfs sync: exit {spent.status}: {spent.err}")
+    point = (shell.store / "by-name" / name / "latest" / "point.json").read_bytes()
+    return Cost(
+        served=spent.counted("read."),
+        calls={k: n for k, n in spent.counts.items() if k.startswith("rpc.") and k != _POLLS},
+        rss=spent.rss,
+        seconds=spent.seconds,
+        cpu=spent.cpu,
+        disk=catalogue.decode(point).disks[0],
+    )
+
+
+@dataclass(frozen=True)
+class Spent:
+    """How a command ended, and what it cost; ``counts`` are the pool's, as for ``Cost``."""
+
+    status: int
+    out: str
+    err: str
+    counts: Mapping[str, int]
+    rss: int
+    seconds: float
+    cpu: float
+
+    def counted(self, prefix: str) -> int:
+        """Return the sum of the counts whose names begin so."""
+        return sum(count for key, count in self.counts.items() if key.startswith(prefix))
+
+
+def measured(shell: Shell, *arguments: str) -> Spent:
+    """Run the real command; return what that cost."""
     shell.pool.control("reset-counters")
     with tempfile.NamedTemporaryFile("r") as costs:
         # GNU time starts the command from a process so small that it does not count as its memory
         timed = ["/usr/bin/time", "-q", "-o", costs.name, "-f", "%M %U %S"]
-        command = [*timed, *shell.command("-q", "sync", "--vm", name)]
+        command = [*timed, *shell.command(*arguments)]
         begun = time.monotonic()
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=shell.env())
         seconds = time.monotonic() - begun
-        if done.returncode:
-            sys.exit(f"cbtfs sync: exit {done.returncode}: {done.stderr}")
         memory, user, system = costs.read().split()
     counted = msgspec.convert(shell.pool.control("counters"), dict[str, object])
-    numbers = {name: count for name, count in counted.items() if isinstance(count, int)}
-    point = (shell.store / "by-name" / name / "latest" / "point.json").read_bytes()
-    return Cost(
-        served=sum(count for key, count in numbers.items() if key.startswith("read.")),
-        calls={k: n for k, n in numbers.items() if k.startswith("rpc.") and k != _POLLS},
+    return Spent(
+        done.returncode,
+        done.stdout,
+        done.stderr,
+        {name: count for name, count in counted.items() if isinstance(count, int)},
         rss=int(memory) * units.KiB,
         seconds=seconds,
         cpu=float(user) + float(system),
-        disk=catalogue.decode(point).disks[0],
     )
 
 

@@ -602,13 +602,24 @@ def test_a_vm_does_not_start_while_its_disks_are_written_over(small: Small, own:
         assert restore.returncode == 130
         assert "half restored and cannot be started" in told
         assert blocks_on(p).keys() == {"start", "start_on"}
-        # who lets it live all the same gets a second snapshot, of that
+
+
+def test_who_lets_a_half_restored_vm_live_gets_another_snapshot(small: Small, own: Shell) -> None:
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        patch(p, p.disk("p 0"), blocks(*range(38)))
+        small.pool.set("http.upload_cut", "1100K")
+        own.run("restore", "p/latest", "--in-place", status=1)
+        small.pool.set("http.upload_cut", "")
+
+        one = own.run("restore", "p/latest/xvda", "--in-place", status=1)
         assert "block on starting" in own.run("clean").stdout
         assert blocks_on(p) == {}
         p.api.call("VM.start", p.vm, False, False)
         write(p, "xvda", blocks(1), vm="p")
         p.api.call("VM.hard_shutdown", p.vm)
         again = own.run("restore", "p/latest", "--in-place")
+        assert "is not of all of its disks" in one.stderr
         assert "may have changed since it was taken" in again.stderr
         assert len(safety_snapshots(small)) == 2
 

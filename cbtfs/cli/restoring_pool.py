@@ -2,8 +2,9 @@
 
 import secrets
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from cbtfs import errors, inplace, newdisks, newvm, owner, progress, units
 from cbtfs.catalogue import DiskPoint
@@ -19,6 +20,8 @@ from . import context as contexts, output, running
 from .context import Globals
 
 _Done = tuple[Sequence[Restored], NewVM | None]
+_Over = tuple[Sequence[Restored], Safety]
+_T = TypeVar("_T")
 
 _THEN = "nothing of it is left in the pool; run the command again"
 
@@ -47,9 +50,19 @@ def to_sr(options: Globals, wish: Wish) -> None:
         # before anything is done with the pool: it may not be there
         metadata = newvm.read(store, goal) if wish.vm_name else None
         run = _Run(options, wish, store, goal, metadata)
-        done = running.run(run.to_sr, then=_THEN)
+        done = _ran(run.to_sr, run.made, then=_THEN)
     if done is not None:
         _show(options, goal, *done)
+
+
+def _ran(work: Callable[[], Awaitable[_T | None]], done: Sequence[_T], *, then: str) -> _T | None:
+    """Return what ``work`` returns, or what it had done when a signal came too late to matter."""
+    try:
+        return running.run(work, then=then)
+    except errors.Interrupted:
+        if not done:
+            raise
+        return done[0]
 
 
 def _goal(store: Store, wish: Wish) -> Goal:
@@ -59,13 +72,21 @@ def _goal(store: Store, wish: Wish) -> Goal:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One restore into new disks; ``metadata`` are those of the VM that is wanted, if one is."""
+    """One restore.
+
+    Attributes:
+        metadata: of the VM that is wanted, if one is.
+        made: what was made, once it is the user's.
+        written: what was written, once all of it is.
+    """
 
     options: Globals
     wish: Wish
     store: Store
     goal: Goal
     metadata: Metadata | None
+    made: list[_Done] = field(default_factory=list[_Done])
+    written: list[_Over] = field(default_factory=list[_Over])
 
     async def to_sr(self) -> _Done | None:
         """Return what was made; None after a dry run."""
@@ -81,9 +102,10 @@ class _Run:
             with progress.open_progress(kind, sys.stderr) as view:
                 new = NewDisks(pool, self.goal, view)
                 async with new.made(images, sr) as disks:
-                    return disks, await self._use(pool, new)
+                    await self._use(pool, new, disks)
+        return self.made[0]
 
-    async def in_place(self) -> tuple[Sequence[Restored], Safety] | None:
+    async def in_place(self) -> _Over | None:
         """Return what was written, and the snapshot of before; None after a dry run."""
         opening = newdisks.opened(self.store, self.goal)
         async with opening as images, contexts.opened_pool(self.options) as pool:
@@ -95,20 +117,22 @@ class _Run:
                 if self.wish.dry_run:
                     _show_differences(self.options, self.goal, await run.differences(images))
                     return None
-                async with run.held(vm) as safety:
+                async with run.held(vm) as held:
                     disks = await run.run(images)
-                return disks, safety
+                self.written.append((disks, held))
+        return self.written[0]
 
-    async def _use(self, pool: Pool, new: NewDisks) -> NewVM | None:
+    async def _use(self, pool: Pool, new: NewDisks, disks: Sequence[Restored]) -> None:
         """Give the disks away, to a new VM if one is wanted."""
         if self.metadata is None:
             await new.give_away()
-            return None
+            self.made.append((disks, None))
+            return
         making = newvm.made(pool, self.metadata, new, self.goal, name=self.wish.vm_name)
         async with making as (vm, problems):
             for problem in problems:
                 contexts.warn(problem)
-        return vm
+        self.made.append((disks, vm))
 
 
 def _find_sr(inventory: Inventory, name_or_uuid: str) -> SR:
@@ -183,7 +207,7 @@ def in_place(options: Globals, wish: Wish) -> None:
     with contexts.opened_store(options) as store:
         goal = _goal(store, wish)
         run = _Run(options, wish, store, goal, None)
-        done = running.run(run.in_place, then=_UNFINISHED)
+        done = _ran(run.in_place, run.written, then=_UNFINISHED)
     if done is None:
         return
     disks, safety = done

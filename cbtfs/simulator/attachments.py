@@ -50,6 +50,11 @@ class Attachment:
         self.disk.pread_into(offset, view)
         self._state.count(f"read.{self.vdi_uuid}", len(view))
 
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write as ``disk`` does, and count the bytes."""
+        self.disk.write(offset, data)
+        self._state.count(f"write.{self.vdi_uuid}", len(data))
+
     def close(self) -> None:
         """Unplug and destroy the VBD; again without effect."""
         with self._closing:

@@ -398,7 +398,7 @@ def _write(stream: _Inbox, attachment: Attachment, *, offset: int, length: int) 
     for start in range(offset, offset + length, _PIECE):
         piece = buffer[: min(_PIECE, offset + length - start)]
         stream.into(piece)
-        attachment.disk.write(start, piece)
+        attachment.write(start, piece)
 
 
 def _end(connection: socket.socket) -> None:
