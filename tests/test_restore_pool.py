@@ -472,6 +472,8 @@ def test_only_what_differs_is_written_and_the_snapshot_leads_back(
         changes = blocks(3, 4, 5, 301, 302, 400, 510, 511) | {BLOCK * 310: bytes(2 * BLOCK)}
         patch(p, p.disk("p 0"), {**changes, 7 * BLOCK: point[7 * BLOCK : 8 * BLOCK]})
         before = content(small)
+        theirs = {"start": "in repair", "pause": "true"}
+        p.api.call("VM.set_blocked_operations", p.vm, theirs)
 
         planned = own.json("restore", "p/latest", "--in-place", "-n")
         assert (content(small), safety_snapshots(small)) == (before, [])
@@ -479,7 +481,7 @@ def test_only_what_differs_is_written_and_the_snapshot_leads_back(
 
         assert [disk["bytes"] for disk in items(planned, "disks")] == [10 * BLOCK, 0]
         assert [disk["bytes_sent"] for disk in items(told, "disks")] == [10 * BLOCK, 0]
-        assert content(small) == point
+        assert (content(small), blocks_on(p)) == (point, theirs)
         assert safety_snapshots(small) == [told["safety_snapshot"]]
         snapshot = small.api.text("VM.get_by_uuid", told["safety_snapshot"])
         assert "cbtfs" not in str(small.api.call("VM.get_other_config", snapshot))
@@ -624,19 +626,6 @@ def test_who_lets_a_half_restored_vm_live_gets_another_snapshot(small: Small, ow
         assert len(safety_snapshots(small)) == 2
 
 
-def test_what_others_have_blocked_stays_blocked(small: Small, own: Shell) -> None:
-    theirs = {"start": "in repair", "destroy": "true"}
-    with halted(small) as p:
-        own.json("sync", "--vm", "p")
-        patch(p, p.disk("p 0"), blocks(3))
-        p.api.call("VM.set_blocked_operations", p.vm, theirs)
-
-        own.json("restore", "p/latest", "--in-place")
-
-        assert blocks_on(p) == theirs
-        p.api.call("VM.set_blocked_operations", p.vm, {})
-
-
 def test_what_has_not_written_blocks_nothing_and_needs_no_other_snapshot(
     small: Small, own: Shell
 ) -> None:
@@ -658,7 +647,7 @@ def test_a_vm_that_was_started_meanwhile_is_not_written_over(small: Small, own: 
         own.json("sync", "--vm", "p")
         patch(p, p.disk("p 0"), blocks(3))
         before = content(small)
-        small.pool.set("xapi.delay", "VM.add_to_blocked_operations:1s")
+        small.pool.set("xapi.delay", "VM.add_to_blocked_operations:0.5s")
         with running(own, "restore", "p/latest", "--in-place") as restore:
             await_true(lambda: safety_snapshots(small))
             p.api.call("VM.start", p.vm, False, False)
