@@ -23,7 +23,7 @@ UPLOAD = "upload sent"
 
 CHOSEN: dict[Kind, tuple[str, ...]] = {
     "in place": (UPLOAD,),
-    "new VM": ("Async.VDI.create answered", "VM.set_other_config", "VDI.remove_from_other_config"),
+    "new VM": ("Async.VDI.create answered", "VDI.remove_from_other_config"),
 }
 """Calls before which, or after whose answer, a kill leaves most to be done."""
 
@@ -58,7 +58,8 @@ def test_a_killed_one_is_finished_or_cleaned_away(trial: Trial, kind: Kind) -> N
     assert_all_tried(result)
 
 
-@pytest.mark.parametrize("kind", killpool.KINDS)
+# one in place is interrupted in test_restore_pool, too
+@pytest.mark.parametrize("kind", killpool.KINDS if EVERY else ("new VM",))
 def test_an_interrupted_one_tidies_up_or_says_how_to_go_on(trial: Trial, kind: Kind) -> None:
     result = killpool.try_points(trial, kind, points(trial, kind, (UPLOAD,)), how="int")
 
