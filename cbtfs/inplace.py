@@ -35,18 +35,13 @@ from .chunks import Chunks
 from .committed import Committed
 from .inventory import VDI, VM, Inventory
 from .newdisks import DISKS_AT_ONCE, Goal, Images, Restored
-from .owner import RESTORING, Block, Owned
+from .owner import RESTORING, SAFETY, UNFINISHED, Block, Owned
 from .pool import Pool
 from .process import Process
 from .progress import Progress
 from .readback import Written
 from .store import Store
 from .vdis import IN_USE_PAUSES
-
-_NAME = "cbtfs before restore of "
-
-UNFINISHED = ", not finished"
-"""End of the name of a safety snapshot whose restore is not finished."""
 
 _PATIENCE = 30.0
 """Seconds that the pool gets to take a block away that has turned out not to be needed."""
@@ -226,7 +221,7 @@ class InPlace:
     async def _safety(self, vm: VM, former: Block | None) -> Safety:
         """Take the safety snapshot, or return the one of a restore that was interrupted."""
         for snapshot in reversed(self._inventory.vm_snapshots_of(vm)):
-            if not (snapshot.name.startswith(_NAME) and snapshot.name.endswith(UNFINISHED)):
+            if not (snapshot.name.startswith(SAFETY) and snapshot.name.endswith(UNFINISHED)):
                 continue
             is_its = former is not None and former.snapshot == snapshot.uuid
             if is_its or (former is None and await self._is_same(snapshot)):
@@ -273,21 +268,23 @@ class InPlace:
                 try:
                     await self._pool.vms.unblock(vm.ref, is_dead=lambda found: found == block)
                 except errors.CbtfsError as exc:
-                    self._progress.message(f"{vm.name} stays blocked until cbtfs clean: {exc}")
+                    self._progress.message(
+                        f"{vm.name} stays blocked until cbtfs clean --unblock: {exc}"
+                    )
             return
         self._progress.message(
             f"{vm.name} is half restored and cannot be started: run the command again to finish it,"
-            f" or go back: {safety.way_back}; cbtfs clean lets it start as it is"
+            f" or go back: {safety.way_back}; cbtfs clean --unblock lets it start as it is"
         )
 
     @property
     def _name(self) -> str:
-        return f"{_NAME}{self._goal.label}"
+        return f"{SAFETY}{self._goal.label}"
 
     def _sentence(self, vm: VM) -> str:
         return (
             f"cbtfs is writing over the disks of this VM, or was killed at it: run the restore of"
-            f" {self._goal.point.point.time} again, or let it start as it is: cbtfs clean, or"
+            f" {self._goal.point.point.time} again, or let it start as it is: cbtfs clean --unblock, or"
             f" xe vm-param-remove uuid={vm.uuid} param-name=blocked-operations param-key=start"
         )
 

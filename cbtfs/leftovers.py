@@ -30,7 +30,16 @@ from enum import StrEnum
 
 from . import catalogue
 from .inventory import VBD, VDI, VM, Inventory
-from .owner import RESTORED, Owned, read_block, read_owner, read_unfinished, time_of_run
+from .owner import (
+    RESTORED,
+    Block,
+    Owned,
+    is_finished,
+    read_block,
+    read_owner,
+    read_unfinished,
+    time_of_run,
+)
 
 LIVE, BASE = "live", "base"
 """Roles of tags, beside ``RESTORED``, whose objects do not outlive their makers' work."""
@@ -166,9 +175,10 @@ class Judge:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What else is to go: partial points that could be gone on with.
+    """What else is to go: what could be gone on with.
 
     Attributes:
+        unblock: whether half restored VMs may start as they are.
         partial: whether they go at all.
         older_than: only those whose instant is so many seconds ago.
         now: the time.
@@ -176,6 +186,7 @@ class Wish:
 
     partial: bool = False
     older_than: float = 0.0
+    unblock: bool = False
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def covers(self, partial: Partial) -> bool:
@@ -300,10 +311,19 @@ class _Decision:
     def take_block(self, vm: VM) -> None:
         """Take what keeps a VM from starting, whose disks a dead run was writing over."""
         block = read_block(vm.blocked_operations, vm.uuid)
-        if block is not None:
-            thing = Thing(Kind.BLOCK, vm.uuid, "", vm.ref)
-            why = f"{vm.name!r} may be half restored (to {block.point}) by {_dead(block)}"
-            self._sort(thing, self._judge.reprieve(block), why)
+        if block is None:
+            return
+        why = f"{vm.name!r} may be half restored (to {block.point}) by {_dead(block)}"
+        reprieve = self._judge.reprieve(block)
+        if self._is_restored(block):
+            why = f"{vm.name!r} is restored (to {block.point}) by {_dead(block)}"
+        elif not reprieve and not self._wish.unblock:
+            reprieve = f"{why}; restore it again, or let it start as it is with --unblock"
+        self._sort(Thing(Kind.BLOCK, vm.uuid, "", vm.ref), reprieve, why)
+
+    def _is_restored(self, block: Block) -> bool:
+        vms = self._inventory.vms.values() if self._inventory else ()
+        return any(vm.uuid == block.snapshot and is_finished(vm.name) for vm in vms)
 
     def take_vm(self, vm: VM) -> None:
         self.take_block(vm)

@@ -31,6 +31,12 @@ BLOCKED = ("start", "start_on")
 """Keys of ``blocked_operations`` that such a VM has. What is blocked is refused with the value as
 the reason (xen-api, xapi_vm_lifecycle.ml); a snapshot and a clone of the VM have none of it."""
 
+SAFETY = "cbtfs before restore of "
+"""How the name of the snapshot begins that is taken of such a VM before."""
+
+UNFINISHED = ", not finished"
+"""How that name ends until the restore is finished."""
+
 _FACTS = '{"self":'
 """How what a program is to know begins, after a sentence for people."""
 
@@ -109,6 +115,11 @@ def read_block(blocked: Mapping[str, str], uuid: str) -> Block | None:
     found = [_block_in(blocked.get(operation, "")) for operation in BLOCKED]
     ours = [block for block in found if block is not None and uuid and block.self_uuid == uuid]
     return ours[0] if ours else None
+
+
+def is_finished(safety_name: str) -> bool:
+    """Tell of the snapshot taken before, by its name, whether the restore after it was finished."""
+    return safety_name.startswith(SAFETY) and not safety_name.endswith(UNFINISHED)
 
 
 def is_block(reason: str) -> bool:

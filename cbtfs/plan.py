@@ -29,9 +29,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
-from . import inventory as inventories, units
+from . import inventory as inventories, owner, units
 from .catalogue import DiskPoint, VMHistory
 from .inventory import VBD, VDI, VM, Disk, Inventory
+from .owner import Block
 
 RAW_SM_TYPE = "raw"
 """``sm_config["type"]`` of an image without VHD or qcow2 header, which cannot be tracked."""
@@ -145,10 +146,11 @@ def plan_vm(  # noqa: PLR0913  # one keyword per fact that decides
         damaged: tells which images cannot be built on; asked of as few as possible.
     """
     planner = _Planner(inventory, history, store, full, damaged)
+    block = owner.read_block(vm.blocked_operations, vm.uuid)
     plans: list[DiskPlan] = []
     skipped: list[tuple[str, str]] = []
     for disk in inventory.disks_of(vm):
-        obstacle = _obstacle(inventory, disk, exclude)
+        obstacle = _obstacle(inventory, disk, exclude) or _half_restored(disk, block)
         if obstacle:
             skipped.append((disk.device, obstacle))
         else:
@@ -229,6 +231,16 @@ def _obstacle(inventory: Inventory, disk: Disk, exclude: Sequence[str]) -> str:
         "xapi takes no snapshot of a disk shared between VMs": vdi.sharable,
     }
     return next((text for text, applies in obstacles.items() if applies), "")
+
+
+def _half_restored(disk: Disk, block: Block | None) -> str:
+    """Return why there is nothing in ``disk`` that anybody would want back, "" if there is."""
+    if block is None or disk.vdi.uuid not in block.disks:
+        return ""
+    return (
+        f"it is half restored, to {block.point}; finish that first (cbtfs restore --in-place), go"
+        " back to the snapshot taken before, or keep it as it is (cbtfs clean --unblock)"
+    )
 
 
 class _Planner:

@@ -49,7 +49,7 @@ def busy(block: Block, name: str) -> errors.PoolBusy:
     """Return what to say when another run keeps the VM of this name from starting."""
     return errors.PoolBusy(
         f"disks of VM {name!r} are being restored by process {block.pid} on {block.host}; wait for"
-        f" it, or if that machine is gone for good: cbtfs clean --host {block.host}"
+        f" it, or if that machine is gone for good: cbtfs clean --unblock --host {block.host}"
     )
 
 

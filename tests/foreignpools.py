@@ -57,7 +57,10 @@ class Fantasy:
     def fill(self) -> "Fantasy":
         """Think of everything; return self."""
         self.wish = Wish(
-            partial=self.rng.random() < 0.3, older_than=self.rng.choice([0, 86400]), now=NOW
+            partial=self.rng.random() < 0.3,
+            older_than=self.rng.choice([0, 86400]),
+            unblock=self.rng.random() < 0.3,
+            now=NOW,
         )
         for name in ("xcp1", "xcp2"):
             self._add_vm(VM(ref=f"dom0 of {name}", uuid=self._uuid(), is_control_domain=True))
@@ -204,8 +207,17 @@ class Fantasy:
         uuid, owner = self._uuid(), self._owner()
         is_ours = self.rng.random() < 0.5
         bound = uuid if is_ours else self.rng.choice([self._uuid(), ""])
+        safety = VM(
+            ref=self._ref(), uuid=self._uuid(), is_a_snapshot=True,
+            name=self.rng.choice([
+                "cbtfs before restore of v/20261121T020000Z", "before my restore",
+                "cbtfs before restore of v/20261121T020000Z, not finished",
+            ]),
+        )  # fmt: skip
+        self._add_vm(safety)
+        is_finished = safety.name == "cbtfs before restore of v/20261121T020000Z"
         block = Block(
-            self_uuid=bound, role="restoring", host=owner.host, pid=owner.pid, snapshot=self._uuid()
+            self_uuid=bound, role="restoring", host=owner.host, pid=owner.pid, snapshot=safety.uuid
         )
         reason = write_block("do not", block)
         if not is_ours and self.rng.random() < 0.5:
@@ -213,7 +225,7 @@ class Fantasy:
         keys = self.rng.choice([["start"], ["start_on"], ["start", "start_on", "destroy"]])
         vm = VM(ref=self._ref(), uuid=uuid, blocked_operations=dict.fromkeys(keys, reason))
         self._add_vm(vm)
-        if is_ours and self._is_dead(owner):
+        if is_ours and self._is_dead(owner) and (is_finished or self.wish.unblock):
             self.doomed.add(vm.ref)
 
     def _task(self) -> None:

@@ -615,13 +615,20 @@ def test_who_lets_a_half_restored_vm_live_gets_another_snapshot(small: Small, ow
         small.pool.set("http.upload_cut", "")
 
         one = own.run("restore", "p/latest/xvda", "--in-place", status=1)
-        assert "block on starting" in own.run("clean").stdout
+        kept = own.run("clean").stdout
+        assert len(blocks_on(p)) == 2
+        planned = own.json("sync", "--vm", "p", "-n")
+        assert "block on starting" in own.run("clean", "--unblock").stdout
         assert blocks_on(p) == {}
         p.api.call("VM.start", p.vm, False, False)
         write(p, "xvda", blocks(1), vm="p")
         p.api.call("VM.hard_shutdown", p.vm)
         again = own.run("restore", "p/latest", "--in-place")
         assert "is not of all of its disks" in one.stderr
+        assert "let it start as it is with --unblock" in " ".join(kept.split())
+        (half,) = items(planned, "vms")
+        assert [disk["device"] for disk in items(half, "disks")] == []
+        assert {"half restored" in str(disk["why"]) for disk in items(half, "skipped")} == {True}
         assert "may have changed since it was taken" in again.stderr
         assert len(safety_snapshots(small)) == 2
 

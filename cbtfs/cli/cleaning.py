@@ -45,6 +45,14 @@ def clean(
             "--host", metavar="NAME", help="What this machine left too: it is gone for good."
         ),
     ] = None,
+    unblock: Annotated[
+        bool,
+        typer.Option(
+            "--unblock",
+            metavar="",
+            help="Let VMs start as they are whose restore --in-place was killed half-way.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("-n", "--dry-run", metavar="", help="Only print what would be removed."),
@@ -58,7 +66,7 @@ def clean(
             "--host is for other machines: of this one it is known which processes are dead"
         )
     age = units.parse_duration(older_than) if older_than is not None else 0.0
-    wish = Wish(partial=partial or older_than is not None, older_than=age)
+    wish = Wish(partial=partial or older_than is not None, older_than=age, unblock=unblock)
     how = CleanOptions(wish=wish, gone_hosts=gone)
     report, problem = running.run(lambda: _clean(options, how, dry_run=dry_run))
     _show(options, report, dry_run=dry_run)
