@@ -16,7 +16,7 @@ when several runs in a row got no further.
 """
 
 import secrets
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,7 +24,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import trio
 
-from . import __version__, catalogue, diskcopy, doubt, errors, snapshot as snapshots
+from . import __version__, catalogue, diskcopy, doubt, errors, plan as plans, snapshot as snapshots
 from .catalogue import DiskFailure, DiskPoint, Point, VMHistory
 from .diskcopy import CopyOptions, Told
 from .inventory import VDI, VM, Inventory
@@ -132,7 +132,8 @@ class Draft:
                 await run.abandon_leftovers()
                 async with self._room(inventory, plan):
                     snapshot = await self._take(plan, naming)
-                    point = await self._fill(plan, snapshot, stage, started=started)
+                    half = _half_restored(plan, snapshot)
+                    point = await self._fill(plan, snapshot, stage, started=started, half=half)
                     self.problems += stage.commit(point)
         await self._retire(snapshot, point, naming.owner)
         return point
@@ -244,9 +245,15 @@ class Draft:
         return snapshot
 
     async def _fill(
-        self, plan: VMPlan, snapshot: Snapshot, stage: Stage, *, started: datetime
+        self,
+        plan: VMPlan,
+        snapshot: Snapshot,
+        stage: Stage,
+        *,
+        started: datetime,
+        half: Mapping[str, str] | None = None,
     ) -> Point:
-        """Copy all disks into ``stage``; return the point that they make.
+        """Copy all disks into ``stage``, but those in ``half``; return the point that they make.
 
         Raises:
             CbtfsError: the only disk failed, or all did.
@@ -259,6 +266,8 @@ class Draft:
         async def one(disk: DiskPlan, place: object) -> None:
             key = f"{self._run.label}/{disk.device}"
             try:
+                if half and disk.device in half:
+                    raise errors.PoolError(half[disk.device])
                 vdi = _vdi_of(snapshot, disk)
                 done[disk.device] = await diskcopy.copy_disk(
                     self._run.pool,
@@ -282,7 +291,7 @@ class Draft:
                 nursery.start_soon(one, disk, place)
         if not done:
             raise next(iter(failed.values()))
-        newcomers = _newcomers(plan, snapshot)
+        newcomers = [*plan.refused, *_newcomers(plan, snapshot)]
         for new in newcomers:
             self._run.progress.disk_finished(f"{self._run.label}/{new.device}", None, new.error)
         warnings = await self._metadata(stage)
@@ -335,10 +344,22 @@ def _reached(stage: Stage) -> int:
     return sum(e.size if e.finished else e.offset for e in stage.journaled.values())
 
 
+def _half_restored(plan: VMPlan, snapshot: Snapshot) -> dict[str, str]:
+    """Return why which disks are not to be copied: a restore has begun since all was planned."""
+    found = {disk.device: snapshot.inventory.vdis.get(disk.vdi_ref) for disk in plan.disks}
+    whys = {
+        device: plans.half_restored(snapshot.inventory, vdi)
+        for device, vdi in found.items()
+        if vdi is not None
+    }
+    return {device: why for device, why in whys.items() if why}
+
+
 def _newcomers(plan: VMPlan, snapshot: Snapshot) -> list[DiskFailure]:
     """Return the disks that were attached between plan and snapshot: they belong into the point."""
     vm = snapshot.inventory.vms.get(plan.vm_ref)
-    planned = {disk.device for disk in plan.disks} | {device for device, _ in plan.skipped}
+    planned = {disk.device for disk in plan.disks} | {disk.device for disk in plan.refused}
+    planned |= {device for device, _ in plan.skipped}
     snapshot_of = {vdi.snapshot_of for vdi in snapshot.others}
     return [
         DiskFailure(

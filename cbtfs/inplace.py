@@ -43,20 +43,30 @@ from .readback import Written
 from .store import Store
 from .vdis import IN_USE_PAUSES
 
+_HALF = "cbtfs half restored, before restore of "
+"""How the name of a snapshot begins that was taken of a half restored VM, whose own is gone."""
+
 _PATIENCE = 30.0
 """Seconds that the pool gets to take a block away that has turned out not to be needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Safety:
-    """The snapshot that brings back what was there before."""
+    """The snapshot that brings back what was there before.
+
+    Attributes:
+        is_lost: whether that one was removed, and this was taken of what was half restored.
+    """
 
     ref: str
     uuid: str
+    is_lost: bool = False
 
     @property
     def way_back(self) -> str:
-        """The command that goes back to it."""
+        """How to go back to it."""
+        if self.is_lost:
+            return "not possible, as the snapshot of what was there before was removed"
         return f"xe snapshot-revert snapshot-uuid={self.uuid}"
 
 
@@ -101,7 +111,7 @@ def vm_of(inventory: Inventory, goal: Goal) -> VM:
     former = owner.read_block(vm.blocked_operations, vm.uuid)
     if former is not None and not _is_dead(former):
         raise vms.busy(former, vm.name)
-    _check_half(vm, former, goal)
+    _check_half(vm, _left_half(vm), goal)
     own = {disk.vdi.ref for disk in inventory.disks_of(vm)}
     for disk in goal.disks:
         vdi = vdi_of(inventory, disk)
@@ -128,6 +138,13 @@ def vdi_of(inventory: Inventory, disk: DiskPoint) -> VDI:
             " it with --to-sr SR"
         )
     return vdi
+
+
+def _left_half(vm: VM) -> Block | None:
+    """Return what a killed run says of a VM, None if there is none or somebody let it start."""
+    if owner.may_start(vm.blocked_operations):
+        return None
+    return owner.read_block(vm.blocked_operations, vm.uuid)
 
 
 def _check_half(vm: VM, former: Block | None, goal: Goal) -> None:
@@ -182,6 +199,9 @@ class InPlace:
         goal: the point.
         inventory: the pool just now.
         progress: told of each disk.
+
+    Attributes:
+        left: sentences that must be heard about how the VM was left by a run that failed.
     """
 
     def __init__(
@@ -194,6 +214,7 @@ class InPlace:
         self._progress = progress
         self._error: errors.CbtfsError | None = None
         self._is_half = False
+        self.left: list[str] = []
         self._done: dict[str, Restored] = {}
 
     @asynccontextmanager
@@ -204,7 +225,7 @@ class InPlace:
             PoolBusy: another run is at work on the VM.
             PoolError: the pool refused, or the VM has been started.
         """
-        former = owner.read_block(vm.blocked_operations, vm.uuid)
+        former = _left_half(vm)
         self._is_half = former is not None
         safety = await self._safety(vm, former)
         block = self._block(vm, safety)
@@ -215,43 +236,58 @@ class InPlace:
             await self._give_up(vm, safety, block)
             raise
         with trio.CancelScope(shield=True):
-            await self._pool.vms.rename(safety.ref, self._name)
-            await self._pool.vms.unblock(vm.ref, is_dead=lambda found: found == block)
+            try:
+                if not safety.is_lost:
+                    await self._pool.vms.rename(safety.ref, self._name)
+                await self._pool.vms.unblock(vm.ref, is_dead=lambda found: found == block)
+            except errors.PoolError as exc:
+                raise errors.PoolError(
+                    f"all is written, but {vm.name} cannot be started yet, because of this: {exc};"
+                    " run the command again, or cbtfs clean --unblock"
+                ) from exc
 
     async def _safety(self, vm: VM, former: Block | None) -> Safety:
         """Take the safety snapshot, or return the one of a restore that was interrupted."""
         for snapshot in reversed(self._inventory.vm_snapshots_of(vm)):
-            if not (snapshot.name.startswith(SAFETY) and snapshot.name.endswith(UNFINISHED)):
-                continue
             is_its = former is not None and former.snapshot == snapshot.uuid
-            if is_its or (former is None and await self._is_same(snapshot)):
-                found = Safety(snapshot.ref, snapshot.uuid)
+            is_one = snapshot.name.startswith(SAFETY) and snapshot.name.endswith(UNFINISHED)
+            if not is_its and not is_one:
+                continue
+            if is_its or (former is None and await self._is_same(vm, snapshot)):
+                is_lost = snapshot.name.startswith(_HALF)
+                found = Safety(snapshot.ref, snapshot.uuid, is_lost)
                 self._tell(vm, "is kept from the run before", found)
                 return found
             self._progress.message(
                 f"snapshot {snapshot.uuid} is of an interrupted restore, too, and stays: the VM may"
                 " have changed since it was taken"
             )
+        is_lost = former is not None
         ref, uuid = await self._pool.vms.snapshot(
             vm.ref,
-            f"{self._name}{UNFINISHED}",
-            late=lambda uuid: self._tell(vm, "was taken, too", Safety("", uuid)),
+            f"{_HALF}{self._goal.label}" if is_lost else f"{self._name}{UNFINISHED}",
+            late=lambda uuid: self._tell(vm, "was taken, too", Safety("", uuid, is_lost)),
         )
-        taken = Safety(ref, uuid)
+        taken = Safety(ref, uuid, is_lost)
         self._tell(vm, "was taken", taken)
         return taken
 
     def _tell(self, vm: VM, what: str, safety: Safety) -> None:
         self._progress.message(f"a snapshot of {vm.name} {what}; to go back: {safety.way_back}")
 
-    async def _is_same(self, snapshot: VM) -> bool:
-        """Tell whether the disks are certainly as in a snapshot; False if the pool cannot tell."""
+    async def _is_same(self, vm: VM, snapshot: VM) -> bool:
+        """Tell whether a VM certainly is as in a snapshot; False if the pool cannot tell.
+
+        All of its disks, restored or not: who goes back to the snapshot goes back with all.
+        """
         found = [disk.vdi for disk in self._inventory.disks_of(snapshot)]
         taken = {vdi.snapshot_of: vdi for vdi in found if vdi.is_a_snapshot}
-        for disk in self._goal.disks:
-            live = vdi_of(self._inventory, disk)
-            old = taken.get(live.ref)
-            if old is None or old.size != live.size:
+        lives = {disk.vdi.ref: disk.vdi for disk in self._inventory.disks_of(vm)}
+        if lives.keys() != taken.keys():
+            return False
+        for ref, live in lives.items():
+            old = taken[ref]
+            if old.size != live.size:
                 return False
             try:
                 changed = await self._pool.changed_blocks(old.ref, live.ref, size=live.size)
@@ -268,11 +304,9 @@ class InPlace:
                 try:
                     await self._pool.vms.unblock(vm.ref, is_dead=lambda found: found == block)
                 except errors.CbtfsError as exc:
-                    self._progress.message(
-                        f"{vm.name} stays blocked until cbtfs clean --unblock: {exc}"
-                    )
+                    self.left.append(f"{vm.name} stays blocked until cbtfs clean --unblock: {exc}")
             return
-        self._progress.message(
+        self.left.append(
             f"{vm.name} is half restored and cannot be started: run the command again to finish it,"
             f" or go back: {safety.way_back}; cbtfs clean --unblock lets it start as it is"
         )
@@ -285,7 +319,8 @@ class InPlace:
         return (
             f"cbtfs is writing over the disks of this VM, or was killed at it: run the restore of"
             f" {self._goal.point.point.time} again, or let it start as it is: cbtfs clean --unblock, or"
-            f" xe vm-param-remove uuid={vm.uuid} param-name=blocked-operations param-key=start"
+            f" xe vm-param-remove uuid={vm.uuid} param-name=blocked-operations param-key=start and"
+            " the same with param-key=start_on"
         )
 
     def _block(self, vm: VM, safety: Safety) -> Block:

@@ -35,6 +35,7 @@ from .owner import (
     Block,
     Owned,
     is_finished,
+    may_start,
     read_block,
     read_owner,
     read_unfinished,
@@ -317,6 +318,8 @@ class _Decision:
         reprieve = self._judge.reprieve(block)
         if self._is_restored(block):
             why = f"{vm.name!r} is restored (to {block.point}) by {_dead(block)}"
+        elif vm.power_state != "Halted" or may_start(vm.blocked_operations):
+            why = f"{vm.name!r} was let start, half restored (to {block.point}) by {_dead(block)}"
         elif not reprieve and not self._wish.unblock:
             reprieve = f"{why}; restore it again, or let it start as it is with --unblock"
         self._sort(Thing(Kind.BLOCK, vm.uuid, "", vm.ref), reprieve, why)

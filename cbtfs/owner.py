@@ -117,6 +117,11 @@ def read_block(blocked: Mapping[str, str], uuid: str) -> Block | None:
     return ours[0] if ours else None
 
 
+def may_start(blocked: Mapping[str, str]) -> bool:
+    """Tell whether somebody has let a VM start again that we had blocked."""
+    return not all(operation in blocked for operation in BLOCKED)
+
+
 def is_finished(safety_name: str) -> bool:
     """Tell of the snapshot taken before, by its name, whether the restore after it was finished."""
     return safety_name.startswith(SAFETY) and not safety_name.endswith(UNFINISHED)

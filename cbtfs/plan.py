@@ -30,9 +30,8 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from . import inventory as inventories, owner, units
-from .catalogue import DiskPoint, VMHistory
+from .catalogue import DiskFailure, DiskPoint, VMHistory
 from .inventory import VBD, VDI, VM, Disk, Inventory
-from .owner import Block
 
 RAW_SM_TYPE = "raw"
 """``sm_config["type"]`` of an image without VHD or qcow2 header, which cannot be tracked."""
@@ -106,6 +105,7 @@ class VMPlan:
         vm_uuid: name of the directory in the store: the VM's uuid, or ``vdi-`` and a disk's.
         vm_ref: the VM, "" for a disk without VM.
         skipped: device and why, for the disks that get no copy.
+        refused: the disks that should get one, and cannot now: failures before anything is done.
         resumes: time of the partial point that is gone on with, "" for a new one.
     """
 
@@ -114,6 +114,7 @@ class VMPlan:
     vm_name: str
     disks: tuple[DiskPlan, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    refused: tuple[DiskFailure, ...] = ()
     resumes: str = ""
 
 
@@ -146,13 +147,16 @@ def plan_vm(  # noqa: PLR0913  # one keyword per fact that decides
         damaged: tells which images cannot be built on; asked of as few as possible.
     """
     planner = _Planner(inventory, history, store, full, damaged)
-    block = owner.read_block(vm.blocked_operations, vm.uuid)
     plans: list[DiskPlan] = []
+    refused: list[DiskFailure] = []
     skipped: list[tuple[str, str]] = []
     for disk in inventory.disks_of(vm):
-        obstacle = _obstacle(inventory, disk, exclude) or _half_restored(disk, block)
+        obstacle = _obstacle(inventory, disk, exclude)
+        half = half_restored(inventory, disk.vdi)
         if obstacle:
             skipped.append((disk.device, obstacle))
+        elif half:
+            refused.append(_failure(disk, half))
         else:
             plans.append(planner.plan(disk))
     return VMPlan(
@@ -161,6 +165,7 @@ def plan_vm(  # noqa: PLR0913  # one keyword per fact that decides
         vm_name=vm.name,
         disks=tuple(plans),
         skipped=tuple(skipped),
+        refused=tuple(refused),
     )
 
 
@@ -185,13 +190,15 @@ def plan_vdi(
     """
     disk = Disk("disk", VBD(ref=""), vdi)
     obstacle = _obstacle(inventory, disk, ())
+    half = "" if obstacle else half_restored(inventory, vdi)
     planner = _Planner(inventory, history, store, full, damaged)
     return VMPlan(
         vm_uuid=f"vdi-{vdi.uuid}",
         vm_ref="",
         vm_name=vdi.name,
-        disks=() if obstacle else (planner.plan(disk),),
+        disks=() if obstacle or half else (planner.plan(disk),),
         skipped=((disk.device, obstacle),) if obstacle else (),
+        refused=(_failure(disk, half),) if half else (),
     )
 
 
@@ -233,14 +240,28 @@ def _obstacle(inventory: Inventory, disk: Disk, exclude: Sequence[str]) -> str:
     return next((text for text, applies in obstacles.items() if applies), "")
 
 
-def _half_restored(disk: Disk, block: Block | None) -> str:
-    """Return why there is nothing in ``disk`` that anybody would want back, "" if there is."""
-    if block is None or disk.vdi.uuid not in block.disks:
-        return ""
-    return (
-        f"it is half restored, to {block.point}; finish that first (cbtfs restore --in-place), go"
-        " back to the snapshot taken before, or keep it as it is (cbtfs clean --unblock)"
-    )
+def half_restored(inventory: Inventory, vdi: VDI) -> str:
+    """Return why there is nothing in ``vdi`` that anybody would want back, "" if there is.
+
+    So it is while a restore writes over it, and after one that was killed, until somebody lets the
+    VM start as it is.
+    """
+    for vbd in map(inventory.vbds.get, vdi.vbd_refs):
+        vm = inventory.vms.get(vbd.vm_ref) if vbd is not None else None
+        if vm is None or vm.power_state != "Halted" or owner.may_start(vm.blocked_operations):
+            continue
+        block = owner.read_block(vm.blocked_operations, vm.uuid)
+        if block is not None and vdi.uuid in block.disks:
+            return (
+                f"it is half restored, to {block.point}; finish that first (cbtfs restore"
+                " --in-place), go back to the snapshot taken before, or keep it as it is (cbtfs"
+                " clean --unblock)"
+            )
+    return ""
+
+
+def _failure(disk: Disk, why: str) -> DiskFailure:
+    return DiskFailure(device=disk.device, vdi_uuid=disk.vdi.uuid, error=why)
 
 
 class _Planner:

@@ -166,6 +166,9 @@ class VMRun:
         resumed = resumption.snapshot.vm if resumption is not None else None
         await self._clear_pool(inventory, earlier, kept=resumed)
         outcome = replace(outcome, plan=plan)
+        if plan.refused and not plan.disks:
+            first = plan.refused[0]
+            raise errors.PoolError(f"{first.device}: {first.error}")
         if not plan.disks:  # what was skipped, and why, is in the plan
             return replace(outcome, problems=tuple(self._problems))
         await pool.check_nbd()

@@ -15,7 +15,7 @@ from contextlib import suppress
 import msgspec
 import trio
 
-from . import errors, owner
+from . import errors, owner, process
 from .owner import RESTORED, TAG_OWNER, Block, Owned
 from .upload import Upload
 from .xapi import Session
@@ -47,9 +47,11 @@ class _Record(msgspec.Struct, frozen=True):
 
 def busy(block: Block, name: str) -> errors.PoolBusy:
     """Return what to say when another run keeps the VM of this name from starting."""
+    is_here = block.host == process.this_process().host
+    gone = f", or if that machine is gone for good: cbtfs clean --unblock --host {block.host}"
     return errors.PoolBusy(
         f"disks of VM {name!r} are being restored by process {block.pid} on {block.host}; wait for"
-        f" it, or if that machine is gone for good: cbtfs clean --unblock --host {block.host}"
+        f" it{'' if is_here else gone}"
     )
 
 

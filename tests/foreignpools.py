@@ -223,9 +223,14 @@ class Fantasy:
         if not is_ours and self.rng.random() < 0.5:
             reason = self.rng.choice(["in repair", "{}", reason[:-1], reason + "}", ""])
         keys = self.rng.choice([["start"], ["start_on"], ["start", "start_on", "destroy"]])
-        vm = VM(ref=self._ref(), uuid=uuid, blocked_operations=dict.fromkeys(keys, reason))
+        state = self.rng.choice(["Halted", "Halted", "Running"])
+        vm = VM(
+            ref=self._ref(), uuid=uuid, power_state=state,
+            blocked_operations=dict.fromkeys(keys, reason),
+        )  # fmt: skip
+        is_let_start = state == "Running" or len(keys) < 2
         self._add_vm(vm)
-        if is_ours and self._is_dead(owner) and (is_finished or self.wish.unblock):
+        if is_ours and self._is_dead(owner) and (is_finished or is_let_start or self.wish.unblock):
             self.doomed.add(vm.ref)
 
     def _task(self) -> None:

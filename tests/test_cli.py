@@ -340,13 +340,19 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        await trio.sleep_forever()\n"
         "    finally:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        with trio.CancelScope(shield=True):\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "            await trio.sleep(2 * running.ONE_SIGNAL)\n"
+        "            print('that was one signal', flush=True)\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
         "            await trio.sleep_forever()\n"
         "running.run(work)\n"
     )
 
-    assert subprocess.run([sys.executable, script], check=False).returncode == 143
+    done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True)
+
+    assert done.returncode == 143
+    assert done.stdout == "that was one signal\n"
 
 
 def test_reader_that_is_gone_ends_the_command_quietly(tmp_path: Path) -> None:

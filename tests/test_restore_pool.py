@@ -618,6 +618,8 @@ def test_who_lets_a_half_restored_vm_live_gets_another_snapshot(small: Small, ow
         kept = own.run("clean").stdout
         assert len(blocks_on(p)) == 2
         planned = own.json("sync", "--vm", "p", "-n")
+        failed = own.run("-q", "sync", "--vm", "p", status=1)
+        by_itself = own.run("-q", "sync", "--vdi", p.uuid("p 0"), status=1)
         assert "block on starting" in own.run("clean", "--unblock").stdout
         assert blocks_on(p) == {}
         p.api.call("VM.start", p.vm, False, False)
@@ -627,8 +629,10 @@ def test_who_lets_a_half_restored_vm_live_gets_another_snapshot(small: Small, ow
         assert "is not of all of its disks" in one.stderr
         assert "let it start as it is with --unblock" in " ".join(kept.split())
         (half,) = items(planned, "vms")
-        assert [disk["device"] for disk in items(half, "disks")] == []
-        assert {"half restored" in str(disk["why"]) for disk in items(half, "skipped")} == {True}
+        assert items(half, "disks") == []
+        assert {"half restored" in str(disk["error"]) for disk in items(half, "failures")} == {True}
+        assert "half restored" in failed.stderr
+        assert "half restored" in by_itself.stderr
         assert "may have changed since it was taken" in again.stderr
         assert len(safety_snapshots(small)) == 2
 
@@ -665,3 +669,109 @@ def test_a_vm_that_was_started_meanwhile_is_not_written_over(small: Small, own: 
         assert restore.returncode == 1
         assert "was started just now" in told
         assert (content(small), blocks_on(p)) == (before, {})
+
+
+def test_a_snapshot_is_only_kept_if_none_of_the_disks_has_changed_since(
+    small: Small, own: Shell
+) -> None:
+    """Who goes back to it goes back with all disks, restored or not."""
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        patch(p, p.disk("p 0"), blocks(3))
+        small.pool.set("xapi.fail", "VM.add_to_blocked_operations:INTERNAL_ERROR")
+        own.run("restore", "p/latest/xvda", "--in-place", status=1)
+        small.pool.set("xapi.fail", "")
+        patch(p, p.disk("p 1"), blocks(5))
+
+        again = own.run("restore", "p/latest/xvda", "--in-place")
+
+        assert "may have changed since it was taken" in again.stderr
+        assert len(safety_snapshots(small)) == 2
+
+
+def test_half_restored_disks_are_missing_from_the_next_point_until_the_vm_may_start(
+    small: Small, own: Shell
+) -> None:
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        patch(p, p.disk("p 0"), blocks(*range(38)))
+        small.pool.set("http.upload_cut", "1100K")
+        left = own.run("-q", "restore", "p/latest/xvda", "--in-place", status=1)
+        small.pool.set("http.upload_cut", "")
+
+        told = own.json("sync", "--vm", "p", status=3)
+        p.api.call("VM.remove_from_blocked_operations", p.vm, "start")
+        later = own.json("sync", "--vm", "p")
+
+        assert "half restored and cannot be started" in left.stderr
+        (vm,) = items(told, "vms")
+        assert vm["state"] == "partial"
+        assert [disk["device"] for disk in items(vm, "failures")] == ["xvda"]
+        assert [vm["state"] for vm in items(later, "vms")] == ["complete"]
+        assert "was let start" in own.run("clean").stdout
+        assert blocks_on(p) == {}
+
+
+def test_a_sync_that_planned_before_a_restore_copies_nothing_half_written(
+    small: Small, own: Shell, tmp_path: Path
+) -> None:
+    other = replace(own, store=tmp_path / "other")
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        patch(p, p.disk("p 0"), blocks(*range(38)))
+        small.pool.set("xapi.delay", "VM.snapshot:6")
+        small.pool.set("http.upload_stall", "100K")
+        with running(other, "sync", "--vm", "p") as sync:
+            await_true(lambda: list(other.store.glob("*/.partial-*")))
+            time.sleep(0.5)  # it has planned, and waits for its snapshot
+            small.pool.set("xapi.delay", "")
+            with running(own, "restore", "p/latest/xvda", "--in-place") as restore:
+                _, told = sync.communicate(timeout=60)
+                busy = own.run("sync", "--vm", "p", status=11)
+                restore.send_signal(signal.SIGINT)
+                restore.communicate(timeout=60)
+        small.pool.set("http.upload_stall", "")
+
+        assert sync.returncode == 3, told
+        assert "half restored" in told
+        assert f"{restore.pid}" in busy.stderr
+
+
+def test_without_its_snapshot_there_is_no_way_back_and_none_is_promised(
+    small: Small, own: Shell
+) -> None:
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        point = content(small)
+        patch(p, p.disk("p 0"), blocks(*range(38)))
+        small.pool.set("http.upload_cut", "1100K")
+        own.run("restore", "p/latest", "--in-place", status=1)
+        small.pool.set("http.upload_cut", "")
+        (uuid,) = safety_snapshots(small)
+        p.api.call("VM.destroy", p.api.text("VM.get_by_uuid", uuid))
+
+        done = own.run("restore", "p/latest", "--in-place")
+
+        assert content(small) == point
+        assert "snapshot-revert" not in done.stdout + done.stderr
+        assert "was removed" in done.stdout
+        assert blocks_on(p) == {}
+
+
+@pytest.mark.parametrize("call", ["VM.set_name_label", "VM.remove_from_blocked_operations"])
+def test_a_failure_at_the_very_end_says_that_all_is_written(
+    small: Small, own: Shell, call: str
+) -> None:
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        point = content(small)
+        patch(p, p.disk("p 0"), blocks(3))
+        small.pool.set("xapi.fail", f"{call}:INTERNAL_ERROR")
+
+        done = own.run("restore", "p/latest", "--in-place", status=1)
+
+        small.pool.set("xapi.fail", "")
+        assert content(small) == point
+        assert "all is written, but p cannot be started yet" in done.stderr
+        own.run("clean", "--unblock")
+        assert blocks_on(p) == {}

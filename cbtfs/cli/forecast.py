@@ -7,6 +7,8 @@ tell its changes, only a snapshot of it does; nor does a live disk tell what of 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from cbtfs import errors, names, plan as planning, units
 from cbtfs.inventory import Inventory
 from cbtfs.plan import DiskPlan, Reason, VMPlan
@@ -85,6 +87,8 @@ def show(plans: Planned, *, as_json: bool) -> None:
             )
         for device, why in plan.skipped:
             table.add(f"{label}/{device}", "skip", "", "", "", why)
+        for failure in plan.refused:
+            table.add(f"{label}/{failure.device}", "fail", "", "", "", failure.error)
     table.print()
 
 
@@ -95,6 +99,7 @@ def _document(plan: VMPlan, disks: Sequence[Forecast]) -> dict[str, object]:
         "resumes": plan.resumes or None,
         "disks": [_disk_document(forecast) for forecast in disks],
         "skipped": [{"device": device, "why": why} for device, why in plan.skipped],
+        "failures": [msgspec.structs.asdict(failure) for failure in plan.refused],
     }
 
 

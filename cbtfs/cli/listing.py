@@ -123,6 +123,7 @@ def _row(
     capable = not plan.tracking_obstacle(inventory, vdi)
     disks = planned.disks if planned else ()
     skipped = dict(planned.skipped) if planned else {}
+    skipped |= {disk.device: disk.error for disk in planned.refused} if planned else {}
     return DiskRow(
         device=device,
         vdi=vdi,

@@ -2,7 +2,8 @@
 
 import secrets
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -78,6 +79,7 @@ class _Run:
         metadata: of the VM that is wanted, if one is.
         made: what was made, once it is the user's.
         written: what was written, once all of it is.
+        left: how the VM was left, if not all is.
     """
 
     options: Globals
@@ -87,6 +89,30 @@ class _Run:
     metadata: Metadata | None
     made: list[_Done] = field(default_factory=list[_Done])
     written: list[_Over] = field(default_factory=list[_Over])
+    left: list[str] = field(default_factory=list[str])
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """Keep the store's syncs of the VM away from disks that are being written over.
+
+        In the end it is told how the VM was left, also with ``-q``.
+
+        Raises:
+            StoreLocked: one is at work.
+        """
+        with ExitStack() as stack:
+            if not self.wish.dry_run:
+                try:
+                    stack.enter_context(self.store.lock(self.goal.point.history.uuid))
+                except errors.StoreLocked:
+                    raise
+                except errors.StoreError:  # it can only be read: no sync writes there either
+                    pass
+            try:
+                yield
+            finally:
+                for text in self.left:
+                    output.note(text)
 
     async def to_sr(self) -> _Done | None:
         """Return what was made; None after a dry run."""
@@ -117,6 +143,7 @@ class _Run:
                 if self.wish.dry_run:
                     _show_differences(self.options, self.goal, await run.differences(images))
                     return None
+                run.left = self.left
                 async with run.held(vm) as held:
                     disks = await run.run(images)
                 self.written.append((disks, held))
@@ -207,7 +234,8 @@ def in_place(options: Globals, wish: Wish) -> None:
     with contexts.opened_store(options) as store:
         goal = _goal(store, wish)
         run = _Run(options, wish, store, goal, None)
-        done = _ran(run.in_place, run.written, then=_UNFINISHED)
+        with run.locked():
+            done = _ran(run.in_place, run.written, then=_UNFINISHED)
     if done is None:
         return
     disks, safety = done

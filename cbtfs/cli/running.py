@@ -20,6 +20,10 @@ ARENAS = 2
 """Areas from which all threads get their memory. By default there are eight for each processor, and
 what is freed in one stays there: a sync of 200 disks took 251 MB with them and takes 192 MB so."""
 
+ONE_SIGNAL = 0.3
+"""Seconds in which the same signal again is the same request: timeout(1) sends it to the process
+and to its group."""
+
 _M_ARENA_MAX = -8  # malloc.h, mallopt(3)
 
 
@@ -56,11 +60,15 @@ async def _supervised(work: Callable[[], Awaitable[_T]], then: str) -> _T:
 
 
 async def _watch(received: AsyncIterator[int], scope: trio.CancelScope, signals: list[int]) -> None:
+    first = 0.0
     async for signum in received:
-        if signals:
+        now = trio.current_time()
+        if not signals:
+            signals.append(signum)
+            first = now
+            scope.cancel()
+        elif signum != signals[0] or now - first > ONE_SIGNAL:
             os._exit(128 + signum)  # whoever asks twice does not want to wait for the cleaning up
-        signals.append(signum)
-        scope.cancel()
 
 
 def _signals() -> list[int]:
