@@ -91,6 +91,10 @@ class _Reach:
             data = extents.merge(merge(data, self.allocated.extents()))
         return extents.common(data, self._unchanged(known.size))
 
+    def is_void(self, known: DigestArray) -> bool:
+        """Return whether nothing of a disk is as it was."""
+        return known.size > 0 and next(self._unchanged(known.size), None) is None
+
     def proven(self, known: DigestArray) -> Iterator[Extent]:
         """Yield what is known to agree if nothing of ``comparable`` differs."""
         if self.allocated is None:
@@ -220,9 +224,10 @@ class _Comparison:
         except errors.ChangesUnknown as exc:
             return Missing(str(exc))
         allocated = await self._allocated(disk)
-        return await self._read(
-            _Reach(disk, "what did not change since", changed, allocated), known, there=there
-        )
+        reach = _Reach(disk, "what did not change since", changed, allocated)
+        if reach.is_void(known):  # to call that equal would prove a wrong image right
+            return Missing("all of it has changed since")
+        return await self._read(reach, known, there=there)
 
     async def _allocated(self, disk: Readable) -> ChangeBitmap | None:
         try:

@@ -26,9 +26,15 @@ class Counterpart:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """There is nothing to compare with, and why."""
+    """There is nothing to compare with.
+
+    Attributes:
+        why: half a sentence.
+        is_damage: whether that is damage of the image, seen on the way.
+    """
 
     why: str
+    is_damage: bool = False
 
 
 def find(inventory: Inventory, point: Point, disk: DiskPoint) -> Counterpart | Missing:

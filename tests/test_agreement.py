@@ -24,6 +24,7 @@ from .commands import Shell, guest_content, items, leftovers
 from .faulted import bytes_served
 from .program import Program, untouched_process
 from .smallvm import Small, running_small
+from .test_store import spoil
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -114,9 +115,9 @@ def write(small: Small, *blocks: int) -> None:
     guest.shutdown()
 
 
-def forge(shell: Shell, *blocks: int, data: bytes = b"wrong", point: str = "latest") -> None:
+def forge(shell: Shell, *blocks: int, data: bytes = b"wrong", device: str = "xvda") -> None:
     """Make an image wrong in such a way that only the pool can tell: digests and root fit."""
-    image = shell.image("v", "xvda", point)
+    image = shell.image("v", device)
     array = image.with_suffix(".b3")
     for block in blocks:
         with image.open("r+b") as file, array.open("r+b") as entries:
@@ -126,7 +127,7 @@ def forge(shell: Shell, *blocks: int, data: bytes = b"wrong", point: str = "late
             entries.write(digests.of_block(memoryview(data.ljust(BLOCK, b"\0"))))
     record = image.with_name("point.json")
     told = json.loads(record.read_bytes())
-    (disk,) = (disk for disk in told["disks"] if disk["device"] == "xvda")
+    (disk,) = (disk for disk in told["disks"] if disk["device"] == device)
     disk["digest_root"] = blake3.blake3(array.read_bytes()).hexdigest()
     record.write_text(json.dumps(told))
 
@@ -169,7 +170,9 @@ def test_what_did_not_change_is_read_and_is_as_in_the_pool(small: Small, cbtfs: 
     # the 4 MiB that the disk has allocated, less what was written since
     assert told["compared"] == told["comparable"] == SIZES[0] - 2 * BLOCK
     assert pool_of(found, "xvdb")["comparable"] == 0
-    assert "as in the pool, " in cbtfs("verify", "--against-pool").out
+    out = cbtfs("verify", "--against-pool").out
+    assert "xvda  as in the pool, 3" in out
+    assert "xvdb  as in the pool, nothing had to be read (no data known in what" in out
 
 
 def test_a_wrong_block_is_named_and_the_next_sync_ends_with_a_whole_image(
@@ -308,7 +311,7 @@ def test_a_snapshot_that_kept_its_data_is_compared_whole(
     differs = cbtfs("--json", "verify", "--against-pool", "v/latest")
 
     assert (equal["state"], equal["with"]) == ("equal", "its snapshot")
-    assert at_work.status == 0
+    assert at_work.status == 1
     assert at_work.out.count("cannot be compared with the pool: ") == 2
     assert "is locked by process" in at_work.out
     assert int(str(equal["comparable"])) >= len(FILLED) * BLOCK
@@ -352,6 +355,62 @@ def test_a_disk_that_is_gone_is_told(small: Small, syncing: Program) -> None:
     assert "xvdc  cannot be compared with the pool: VDI " in result.out
     assert result.out.count("  as in the pool") == 2
     assert named.status == 1
+
+
+def test_it_is_an_error_if_nothing_at_all_can_be_compared(
+    small: Small, shell: Shell, cbtfs: Program
+) -> None:
+    small.pool.set("xapi.fail", "VDI.list_changed_blocks:SR_BACKEND_FAILURE_460:x")
+    untold = cbtfs("verify", "--against-pool")
+    small.pool.set("xapi.fail", "")
+    record = shell.image("v", "xvda").with_name("point.json")
+    other = {"pool_uuid": "11111111-2222-4333-8444-555555555555"}
+    record.write_text(json.dumps(json.loads(record.read_bytes()) | other))
+    elsewhere = cbtfs("-q", "--json", "verify", "--against-pool")
+
+    why = "no disk of the store can be compared with the pool; see why at each of them"
+    assert (untold.status, elsewhere.status) == (1, 1)
+    assert why in untold.err
+    assert why in elsewhere.err
+    assert untold.out.count("cannot be compared with the pool: ") == 2
+    assert "another pool" in str(pool_of(elsewhere.document())["why"])
+
+
+def test_a_disk_that_changed_altogether_proves_nothing(
+    small: Small, syncing: Program, own: Shell
+) -> None:
+    third = small.add_disk("v 3", 2, size=SIZES[1])
+    assert syncing("-q", "sync", "--vm", "v").status == 0
+    forge(own, 2, 5, device="xvdc")
+    guest = small.pool.open_guest("v", "xvdc")
+    guest.pwrite(random.randbytes(SIZES[1]), 0)
+    guest.shutdown()
+
+    result = syncing("--json", "verify", "--against-pool")
+    named = syncing("verify", "--against-pool", "v/latest/xvdc")
+    small.detach(third)
+    small.api.call("VDI.destroy", third)
+
+    assert (result.status, named.status) == (0, 1)
+    why = "all of it has changed since"
+    assert pool_of(result.document(), "xvdc") == {"state": "not-comparable", "why": why}
+    assert f"xvdc  cannot be compared with the pool: {why}" in named.out
+
+
+def test_damage_that_is_seen_counts_though_the_image_was_found_whole(
+    shell: Shell, cbtfs: Program
+) -> None:
+    assert cbtfs("verify").status == 0
+    spoil(shell.image("v", "xvda").with_suffix(".b3"), 5)
+
+    result = cbtfs("verify", "--older-than", "30d", "--against-pool")
+
+    assert result.status == 4
+    assert "xvda  DAMAGED: " in result.out
+    assert "xvda  cannot be compared with the pool: its digests are damaged" in result.out
+    assert "xvdb  as in the pool" in result.out
+    assert "1 disks left out" in result.err
+    assert "damaged: xvda" in cbtfs("list").out
 
 
 def test_repair_is_another_matter(cbtfs: Program) -> None:
@@ -465,6 +524,26 @@ def test_what_is_destroyed_while_it_is_read_proves_nothing(
 
 
 # ── the record ──
+
+
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" || exit 99; exec "$@"'
+
+
+@pytest.mark.usefixtures("cbtfs")
+def test_what_cannot_be_put_on_record_is_told_and_promises_nothing(shell: Shell) -> None:
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare(1)")
+    forge(shell, 50)  # nobody writes there
+    verify = shell.command("-q", "verify", "--against-pool", "v/latest/xvda")
+    command = ["unshare", "-r", "-m", "sh", "-c", READ_ONLY, str(shell.store), *verify]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=shell.env())
+    if done.returncode == 99 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"needs a mount namespace: {done.stderr}")
+
+    assert done.returncode == 4
+    assert f"not as in the pool: bytes {50 * BLOCK} to {51 * BLOCK}" in done.stdout
+    assert "the next cbtfs sync compares" not in done.stdout
+    assert "the result for xvda is not on record: " in done.stderr
 
 
 @pytest.fixture

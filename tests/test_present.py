@@ -198,6 +198,29 @@ def test_digests_that_changed_are_not_believed(small: Small, shell: Shell, cbtfs
     assert "xvdb      0 B" in result.out
 
 
+def test_another_vm_of_that_name_is_not_taken_for_it(small: Small, cbtfs: Program) -> None:
+    record: dict[str, object] = {"name_label": "twin", "name_description": ""}
+    old = Small(small.pool, small.api, small.api.text("VM.create", record))
+    disks = [old.add_disk("t 0", 0, size=units.MiB)]
+    sync(cbtfs, "twin")
+    was = small.api.text("VM.get_uuid", old.vm)
+    small.api.call("VM.destroy", old.vm)
+    new = Small(small.pool, small.api, small.api.text("VM.create", record))
+    disks.append(new.add_disk("t 1", 0, size=units.MiB))
+    now = small.api.text("VM.get_uuid", new.vm)
+
+    refused = cbtfs("diff", "twin/latest", "twin/now")
+    meant = cbtfs("diff", "twin/latest", f"{now}/now")
+    small.api.call("VM.destroy", new.vm)
+    for disk in disks:
+        small.api.call("VDI.destroy", disk)
+
+    assert (refused.status, refused.out, meant.status) == (10, "", 0)
+    assert f"{was}, is not in the pool" in refused.err
+    assert f"write {now}/now to compare with that" in refused.err
+    assert "twin/now" in meant.out
+
+
 MISTAKES = [
     (["v/now", "v/latest"], 2, "can only be what a point is compared with"),
     (["v/now"], 2, "write cbtfs diff POINT v/now"),

@@ -145,7 +145,7 @@ class _Run:
                 told=Told(self._view, key),
             )
         except errors.ImageDamaged:
-            return Missing("its digests are damaged")
+            return Missing("its digests are damaged", is_damage=True)
         except errors.CbtfsError as exc:
             path = self._request.store.point_path(reference.history.uuid, reference.point.time)
             if isinstance(exc, errors.StoreError) and not path.exists():
@@ -159,7 +159,7 @@ class _Run:
         if isinstance(verdict, Agreement):
             self._view.disk_finished(key, _told(disk, verdict, monotonic() - begun))
             for warning in verdict.warnings:
-                contexts.warn(f"{key}: {warning}")
+                output.note(f"{key}: {warning}")  # even with -q: sync will not know
         return verdict
 
 
@@ -189,6 +189,8 @@ def line(verdict: Verdict) -> str:
         return f"cannot be compared with the pool: {verdict.why}"
     if isinstance(verdict, errors.CbtfsError):
         return "not compared with the pool, see the error"
+    if not verdict.comparable:
+        return f"as in the pool, nothing had to be read (no data known in {verdict.how})"
     compared, comparable = map(units.format_size, (verdict.compared, verdict.comparable))
     amount = f"{compared} compared of {comparable} ({verdict.how})"
     if not verdict.found.blocks:

@@ -205,7 +205,7 @@ def _target(inventory: Inventory, catalogue: Catalogue, name: str) -> _Target:
     """Return the VM, or the disk without one, that people call ``name``, in store or pool.
 
     Raises:
-        NotFound: the pool has none.
+        NotFound: the pool has none, or another than that of the restore points.
         UsageError: several are called so.
     """
     history = None
@@ -216,8 +216,13 @@ def _target(inventory: Inventory, catalogue: Catalogue, name: str) -> _Target:
         return _Target(points.label(catalogue, history), history.uuid, {"disk": vdi}, history)
     known = {vm.uuid: vm for vm in inventory.live_vms()}
     vm = known.get(history.uuid) if history is not None else None
-    if vm is None:  # its name may be that of another VM now, as after a restore
+    if vm is None:
         vm = inventory.find_vm(name)
+        if history is not None:  # as after a restore
+            raise errors.NotFound(
+                f"the VM {name!r} of these restore points, {history.uuid}, is not in the pool, and"
+                f" what is called so there is another; write {vm.uuid}/{NOW} to compare with that"
+            )
         history = catalogue.vms.get(vm.uuid)
     label = points.label(catalogue, history) if history is not None else vm.name
     vdis = {disk.device: disk.vdi for disk in inventory.disks_of(vm)}

@@ -13,6 +13,7 @@ import typer
 from cbtfs import errors, names, progress, repair as repairs, tables, units, verified
 from cbtfs.agreement import Agreement
 from cbtfs.catalogue import Catalogue, DiskPoint, Reference
+from cbtfs.counterpart import Missing
 from cbtfs.damage import Damage, PoolDamage, Scope
 from cbtfs.progress import Kind, Progress
 from cbtfs.repair import Found, Repair
@@ -94,7 +95,7 @@ class Checked:
     def damaged(self) -> bool:
         """Whether there is damage now."""
         differs = isinstance(self.verdict, Agreement) and self.verdict.found.blocks > 0
-        return self.left.found or self.on_record or differs
+        return self.left.found or self.on_record or differs or _is_damage(self.verdict)
 
 
 def verify(  # noqa: PLR0913  # one parameter per option
@@ -230,6 +231,10 @@ class _Run:
                     "nothing that was named can be compared with the pool; without POINT all that"
                     " can be is"
                 )
+            if self._verdicts.by_disk and self._verdicts.vain:
+                raise errors.PoolError(
+                    "no disk of the store can be compared with the pool; see why at each of them"
+                )
             if self._verdicts.status:
                 raise typer.Exit(self._verdicts.status)
 
@@ -269,14 +274,20 @@ class _Run:
     def _disk(self, key: str, reference: Reference) -> Checked:
         point, disk = reference.point, _only(reference)
         by_pool = self._store.pool_damage(point.vm_uuid, point.time).get(disk.device)
-        result = self._image(key, reference, by_pool is not None)
-        return replace(result, by_pool=by_pool, verdict=self._verdicts.of(point, disk))
+        verdict = self._verdicts.of(point, disk)
+        since = None if _is_damage(verdict) else self._whole_since(reference)
+        result = self._image(key, reference, since, is_in_doubt=by_pool is not None)
+        return replace(result, by_pool=by_pool, verdict=verdict)
 
-    def _image(self, key: str, reference: Reference, is_in_doubt: bool) -> Checked:
-        """Compare an image with its digests; ``is_in_doubt`` whatever comes of that."""
+    def _image(
+        self, key: str, reference: Reference, since: datetime | None, *, is_in_doubt: bool
+    ) -> Checked:
+        """Compare an image with its digests; ``is_in_doubt`` whatever comes of that.
+
+        It is left out if it was found whole ``since``, and nothing is on record.
+        """
         point, disk = reference.point, _only(reference)
         on_record = disk.device in self._store.damaged(point.vm_uuid, point.time)
-        since = self._whole_since(reference)
         if since is not None and not on_record:
             self._left_out += 1
             return Checked(disk, Damage(), since=since)
@@ -343,7 +354,7 @@ class _Run:
         if result.verdict is not None:
             self._print(f"{key}  {agreeing.line(result.verdict)}")
             self._show_lines(agreeing.places(result.verdict))
-            if isinstance(result.verdict, Agreement) and result.verdict.found.blocks:
+            if _will_compare(result.verdict):
                 self._print("  the next cbtfs sync compares the whole disk")
 
     def _show_places(self, result: Checked) -> None:
@@ -375,6 +386,16 @@ def _told(result: Checked) -> str:
         compared = isinstance(result.verdict, Agreement) and result.verdict.found.blocks
         return verdict if compared else f"{verdict}, {agreeing.on_record(result.by_pool)}"
     return f"{verdict}, but damage is on record; verify all of it" if result.on_record else verdict
+
+
+def _is_damage(verdict: Verdict | None) -> bool:
+    """Return whether a comparison with the pool came upon damage of the image."""
+    return isinstance(verdict, Missing) and verdict.is_damage
+
+
+def _will_compare(verdict: Verdict) -> bool:
+    """Return whether the next sync knows that an image is not as in the pool."""
+    return isinstance(verdict, Agreement) and verdict.found.blocks > 0 and not verdict.warnings
 
 
 def _only(reference: Reference) -> DiskPoint:
