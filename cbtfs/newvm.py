@@ -87,10 +87,14 @@ async def made(
 async def _destroyed(vms: VMs, run: str, ref: str, new: NewDisks) -> None:
     with trio.move_on_after(CLEANUP, shield=True):
         try:
-            await vms.destroy(run, made=ref)
+            finished = await vms.destroy(run, made=ref)
         except errors.CbtfsError as exc:
             new.leave()
             logger.warning("an unfinished VM, %r, stays until cbtfs clean: %s", run, exc)
+            return
+        if finished:  # the pool has done what it did not answer
+            new.leave()
+            logger.warning("the VM is made all the same, %s: do not make another", finished)
         return
     new.leave()
 

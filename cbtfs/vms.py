@@ -124,15 +124,17 @@ class VMs:
         await self._session.call("VM.set_name_label", ref, name)
         await self._session.call("VM.remove_from_other_config", ref, TAG_OWNER)
 
-    async def destroy(self, run: str, *, made: str) -> None:
+    async def destroy(self, run: str, *, made: str) -> str:
         """Destroy the VM that a run made and has not finished; disks stay.
+
+        If it is finished, it stays, and its uuid is returned, else "".
 
         Args:
             run: the name of the run, which the VM bears until shortly before its end.
             made: reference of the VM; "" if that did not become known.
 
         Raises:
-            PoolError: it is finished, or the pool refused.
+            PoolError: the pool refused.
         """
         named = await self._session.fetch("VM.get_by_name_label", run, type=list[str])
         for ref in dict.fromkeys((*named, *([made] if made else []))):
@@ -141,8 +143,9 @@ class VMs:
                 record.other_config, uuid=record.uuid, name=record.name_label
             )
             if tag is None or record.is_a_snapshot:
-                raise errors.PoolError(f"VM {record.uuid} ({record.name_label!r}) is finished")
+                return record.uuid
             await self._session.call_async("VM.destroy", ref)
+        return ""
 
     # ── one whose disks are written over ─────────────────────────────────────────────────────────
 

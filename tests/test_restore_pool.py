@@ -190,6 +190,25 @@ def test_damage_ends_it_and_leaves_nothing(small: Small, shell: Shell) -> None:
     assert new_disks(small) == {}
 
 
+def test_a_vm_that_was_finished_without_an_answer_is_told_and_stays(
+    small: Small, shell: Shell
+) -> None:
+    small.pool.set("xapi.fail_after", "VM.remove_from_other_config*1:INTERNAL_ERROR")
+
+    done = shell.run("restore", "v/latest", "--to-sr", "Shared NFS", "--vm-name", "made", status=1)
+
+    small.pool.set("xapi.fail_after", "")
+    ref = small.api.named("VM", "made")
+    uuid = small.api.text("VM.get_uuid", ref)
+    assert f"the VM is made all the same, {uuid}" in done.stderr
+    shell.run("clean")
+    assert new_disks(small) == {}
+    small.api.call("VM.destroy", ref)
+    assert len(new_disks(small)) == 3
+    for disk in new_disks(small):
+        small.api.call("VDI.destroy", small.api.text("VDI.get_by_uuid", disk))
+
+
 def test_a_pool_that_keeps_something_else_is_noticed(small: Small, shell: Shell) -> None:
     small.pool.set("http.upload_flip", "70000")
 
