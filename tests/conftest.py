@@ -1,4 +1,4 @@
-"""Fixtures for all tests: directories to put stores in."""
+"""Fixtures for all tests: directories to put stores in, pools, and a store with its commands."""
 
 import os
 import shutil
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cbtfs import image
+from cbtfs import image, store as stores
+from cbtfs.store import Store
 
+from .program import Program, untouched_process
 from .simulated import RunningPool, running_pool
 
 PARTS = {
@@ -111,3 +113,25 @@ def any_dir(request: pytest.FixtureRequest) -> Path:
     path = request.getfixturevalue(name)
     assert isinstance(path, Path)
     return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Where ``store`` and ``cbtfs`` have a store."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(root: Path) -> Iterator[Store]:
+    """An empty store."""
+    with stores.open_store(root) as opened:
+        yield opened
+
+
+@pytest.fixture
+def cbtfs(capsys: pytest.CaptureFixture[str], root: Path) -> Iterator[Program]:
+    """The command line for that store, in this process, without a pool."""
+    config = root.parent / "cbtfs.toml"
+    config.touch()
+    with untouched_process():
+        yield Program(capsys, "--config", str(config), "--store", str(root))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cbtfs import units
 
+from .commands import leftovers
 from .simulated import Api, RunningPool, running_pool
 
 SIZE = 4 * units.MiB
@@ -86,3 +87,18 @@ def running_small(directory: Path, *, sizes: Sequence[int] = (SIZE, SIZE, SIZE))
             made.add_disk(f"v {number}", number, size=size)
         api.call("VM.start", vm, False, False)
         yield made
+
+
+QUICKLY = "20ms"
+"""How long the data of a snapshot stays undestroyed, where nobody tests that."""
+
+
+@contextlib.contextmanager
+def tidied(small: Small) -> Iterator[None]:
+    """Switch all faults off in the end, and fail if something made for reading is still there."""
+    yield
+    for key in small.pool.faults():
+        small.pool.set(key, "")
+    small.pool.set("vdi.data_destroy_wait", QUICKLY)
+    left = leftovers(small.pool)
+    assert (left.snapshots, left.dom0_vbds) == ([], [])

@@ -23,7 +23,7 @@ from . import bigdisks
 from .commands import Shell, guest_content, items, leftovers
 from .faulted import bytes_served
 from .program import Program, untouched_process
-from .smallvm import Small, running_small
+from .smallvm import QUICKLY, Small, running_small, tidied
 from .test_store import spoil
 
 pytestmark = pytest.mark.timeout(120)
@@ -42,7 +42,7 @@ comparable again with the point that most tests share, so each has blocks of its
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     """A pool with the running VM ``v``."""
     with running_small(tmp_path_factory.mktemp("pool"), sizes=SIZES) as made:
-        made.pool.set("vdi.data_destroy_wait", "20ms")
+        made.pool.set("vdi.data_destroy_wait", QUICKLY)
         write(made, *FILLED)
         yield made
 
@@ -50,12 +50,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
 @pytest.fixture(autouse=True)
 def tidy(small: Small) -> Iterator[None]:
     """Whatever happens, nothing that was made for reading stays in the pool."""
-    yield
-    for key in small.pool.faults():
-        small.pool.set(key, "")
-    small.pool.set("vdi.data_destroy_wait", "20ms")
-    left = leftovers(small.pool)
-    assert (left.snapshots, left.dom0_vbds) == ([], [])
+    with tidied(small):
+        yield
 
 
 @pytest.fixture(scope="module")

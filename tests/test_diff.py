@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,32 +16,13 @@ from cbtfs.difference import DigestArray, NoDigests
 from cbtfs.extents import Extent
 from cbtfs.store import Store
 
-from .program import Program, untouched_process
+from .program import Program
 from .test_store import BLOCK, FIRST, SECOND, VM, commit, disk_point, noise, spoil
 
 THIRD = "20261124T020000Z"
 A = noise(BLOCK, seed=1)
 B = noise(BLOCK, seed=2)
 O = bytes(BLOCK)  # noqa: E741  # as it looks
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def store(root: Path) -> Iterator[Store]:
-    with stores.open_store(root) as opened:
-        yield opened
-
-
-@pytest.fixture
-def cbtfs(capsys: pytest.CaptureFixture[str], root: Path) -> Iterator[Program]:
-    config = root.parent / "cbtfs.toml"
-    config.touch()
-    with untouched_process():
-        yield Program(capsys, "--config", str(config), "--store", str(root))
 
 
 # ── against the bytes ──

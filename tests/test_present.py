@@ -9,9 +9,9 @@ import pytest
 
 from cbtfs import units
 
-from .commands import Shell, guest_content, items, leftovers
+from .commands import Shell, guest_content, items
 from .program import Program, untouched_process
-from .smallvm import Small, running_small
+from .smallvm import QUICKLY, Small, running_small, tidied
 from .test_diff import naive
 from .test_restore_pool import blocks, content, halted, patch
 from .test_store import spoil
@@ -26,7 +26,7 @@ SIZES = (4 * units.MiB, 2 * units.MiB)
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     """A pool with the running VM ``v``."""
     with running_small(tmp_path_factory.mktemp("pool"), sizes=SIZES) as made:
-        made.pool.set("vdi.data_destroy_wait", "20ms")
+        made.pool.set("vdi.data_destroy_wait", QUICKLY)
         write(made, {n * BLOCK: random.randbytes(BLOCK) for n in (0, 1, 2, 5, 20, 21)})
         yield made
 
@@ -34,12 +34,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
 @pytest.fixture(autouse=True)
 def tidy(small: Small) -> Iterator[None]:
     """Whatever happens, nothing that was made for reading stays in the pool."""
-    yield
-    for key in small.pool.faults():
-        small.pool.set(key, "")
-    small.pool.set("vdi.data_destroy_wait", "20ms")
-    left = leftovers(small.pool)
-    assert (left.snapshots, left.dom0_vbds) == ([], [])
+    with tidied(small):
+        yield
 
 
 @pytest.fixture(scope="module")

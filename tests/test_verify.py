@@ -6,39 +6,19 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from cbtfs import damage, store as stores, verified
+from cbtfs import damage, verified
 from cbtfs.damage import Scope
 from cbtfs.extents import Extent
 from cbtfs.folder import Folder
 from cbtfs.store import Store
 
-from .program import Program, untouched_process
+from .program import Program
 from .test_store import BLOCK, CONTENT, FIRST, SECOND, SIZE, VM, commit, noise, only, spoil
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def store(root: Path) -> Iterator[Store]:
-    with stores.open_store(root) as opened:
-        yield opened
-
-
-@pytest.fixture
-def cbtfs(capsys: pytest.CaptureFixture[str], root: Path) -> Iterator[Program]:
-    config = root.parent / "cbtfs.toml"
-    config.touch()
-    with untouched_process():
-        yield Program(capsys, "--config", str(config), "--store", str(root))
 
 
 def record(root: Path, name: str = "verified.json", time: str = FIRST) -> dict[str, object]:
