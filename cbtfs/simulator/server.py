@@ -232,13 +232,16 @@ class Simulator:
             _Chore(self._pool.save, pause=_AUTOSAVE),
         )
         watched = 0.0
+        seen = False
         while not self.stopping.wait(_TICK):
             now = time.monotonic()
             for chore in chores:
                 chore.run(now, self._pool.generation())
             if now - watched > _WATCH:
                 watched = now
-                if not (self._directory / controlsocket.NAME).exists():
+                there = (self._directory / controlsocket.NAME).exists()
+                seen = seen or there  # on a slow machine it is made only after the first look
+                if not there and (seen or not self._directory.exists()):
                     log.warning("the directory is gone: ending")
                     self.stopping.set()
 
