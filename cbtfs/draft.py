@@ -16,7 +16,7 @@ when several runs in a row got no further.
 """
 
 import secrets
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -132,8 +132,9 @@ class Draft:
                 await run.abandon_leftovers()
                 async with self._room(inventory, plan):
                     snapshot = await self._take(plan, naming)
-                    half = _half_restored(plan, snapshot)
-                    point = await self._fill(plan, snapshot, stage, started=started, half=half)
+                    # a restore may have begun since all was planned
+                    plan = plans.without_half_restored(plan, snapshot.inventory)
+                    point = await self._fill(plan, snapshot, stage, started=started)
                     self.problems += stage.commit(point)
         await self._retire(snapshot, point, naming.owner)
         return point
@@ -245,15 +246,9 @@ class Draft:
         return snapshot
 
     async def _fill(
-        self,
-        plan: VMPlan,
-        snapshot: Snapshot,
-        stage: Stage,
-        *,
-        started: datetime,
-        half: Mapping[str, str] | None = None,
+        self, plan: VMPlan, snapshot: Snapshot, stage: Stage, *, started: datetime
     ) -> Point:
-        """Copy all disks into ``stage``, but those in ``half``; return the point that they make.
+        """Copy all disks into ``stage``; return the point that they make.
 
         Raises:
             CbtfsError: the only disk failed, or all did.
@@ -266,8 +261,6 @@ class Draft:
         async def one(disk: DiskPlan, place: object) -> None:
             key = f"{self._run.label}/{disk.device}"
             try:
-                if half and disk.device in half:
-                    raise errors.PoolError(half[disk.device])
                 vdi = _vdi_of(snapshot, disk)
                 done[disk.device] = await diskcopy.copy_disk(
                     self._run.pool,
@@ -342,17 +335,6 @@ async def _end_soon(finishing: trio.CancelScope) -> None:
 def _reached(stage: Stage) -> int:
     """Return the bytes that the journal says need not be copied again."""
     return sum(e.size if e.finished else e.offset for e in stage.journaled.values())
-
-
-def _half_restored(plan: VMPlan, snapshot: Snapshot) -> dict[str, str]:
-    """Return why which disks are not to be copied: a restore has begun since all was planned."""
-    found = {disk.device: snapshot.inventory.vdis.get(disk.vdi_ref) for disk in plan.disks}
-    whys = {
-        device: plans.half_restored(snapshot.inventory, vdi)
-        for device, vdi in found.items()
-        if vdi is not None
-    }
-    return {device: why for device, why in whys.items() if why}
 
 
 def _newcomers(plan: VMPlan, snapshot: Snapshot) -> list[DiskFailure]:

@@ -111,7 +111,7 @@ def vm_of(inventory: Inventory, goal: Goal) -> VM:
     former = owner.read_block(vm.blocked_operations, vm.uuid)
     if former is not None and not _is_dead(former):
         raise vms.busy(former, vm.name)
-    _check_half(vm, _left_half(vm), goal)
+    _check_half(vm, owner.read_standing_block(vm.blocked_operations, vm.uuid), goal)
     own = {disk.vdi.ref for disk in inventory.disks_of(vm)}
     for disk in goal.disks:
         vdi = vdi_of(inventory, disk)
@@ -138,13 +138,6 @@ def vdi_of(inventory: Inventory, disk: DiskPoint) -> VDI:
             " it with --to-sr SR"
         )
     return vdi
-
-
-def _left_half(vm: VM) -> Block | None:
-    """Return what a killed run says of a VM, None if there is none or somebody let it start."""
-    if owner.may_start(vm.blocked_operations):
-        return None
-    return owner.read_block(vm.blocked_operations, vm.uuid)
 
 
 def _check_half(vm: VM, former: Block | None, goal: Goal) -> None:
@@ -225,7 +218,7 @@ class InPlace:
             PoolBusy: another run is at work on the VM.
             PoolError: the pool refused, or the VM has been started.
         """
-        former = _left_half(vm)
+        former = owner.read_standing_block(vm.blocked_operations, vm.uuid)
         self._is_half = former is not None
         safety = await self._safety(vm, former)
         block = self._block(vm, safety)

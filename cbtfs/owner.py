@@ -122,6 +122,11 @@ def may_start(blocked: Mapping[str, str]) -> bool:
     return not all(operation in blocked for operation in BLOCKED)
 
 
+def read_standing_block(blocked: Mapping[str, str], uuid: str) -> Block | None:
+    """Return as ``read_block``, but None if somebody has let the VM start again."""
+    return None if may_start(blocked) else read_block(blocked, uuid)
+
+
 def is_finished(safety_name: str) -> bool:
     """Tell of the snapshot taken before, by its name, whether the restore after it was finished."""
     return safety_name.startswith(SAFETY) and not safety_name.endswith(UNFINISHED)

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
-from . import inventory as inventories, owner, units
+from . import errors, inventory as inventories, owner, units
 from .catalogue import DiskFailure, DiskPoint, VMHistory
 from .inventory import VBD, VDI, VM, Disk, Inventory
 
@@ -248,9 +248,9 @@ def half_restored(inventory: Inventory, vdi: VDI) -> str:
     """
     for vbd in map(inventory.vbds.get, vdi.vbd_refs):
         vm = inventory.vms.get(vbd.vm_ref) if vbd is not None else None
-        if vm is None or vm.power_state != "Halted" or owner.may_start(vm.blocked_operations):
+        if vm is None or vm.power_state != "Halted":
             continue
-        block = owner.read_block(vm.blocked_operations, vm.uuid)
+        block = owner.read_standing_block(vm.blocked_operations, vm.uuid)
         if block is not None and vdi.uuid in block.disks:
             return (
                 f"it is half restored, to {block.point}; finish that first (cbtfs restore"
@@ -258,6 +258,33 @@ def half_restored(inventory: Inventory, vdi: VDI) -> str:
                 " clean --unblock)"
             )
     return ""
+
+
+def without_half_restored(plan: VMPlan, inventory: Inventory) -> VMPlan:
+    """Return ``plan`` with the disks refused that are half restored by now.
+
+    Raises:
+        PoolError: none is left.
+    """
+    disks: list[DiskPlan] = []
+    refused = list(plan.refused)
+    for disk in plan.disks:
+        vdi = inventory.vdis.get(disk.vdi_ref)
+        why = half_restored(inventory, vdi) if vdi is not None else ""
+        if why:
+            refused.append(DiskFailure(device=disk.device, vdi_uuid=disk.vdi_uuid, error=why))
+        else:
+            disks.append(disk)
+    plan = replace(plan, disks=tuple(disks), refused=tuple(refused))
+    check_refused(plan)
+    return plan
+
+
+def check_refused(plan: VMPlan) -> None:
+    """Raise PoolError if all that should be copied is refused."""
+    if plan.refused and not plan.disks:
+        first = plan.refused[0]
+        raise errors.PoolError(f"{first.device}: {first.error}")
 
 
 def _failure(disk: Disk, why: str) -> DiskFailure:

@@ -17,7 +17,7 @@ from functools import partial
 
 import trio
 
-from . import errors, prune as prunes, snapshot as snapshots, target as targets
+from . import errors, plan as plans, prune as prunes, snapshot as snapshots, target as targets
 from .catalogue import Point
 from .copier import Buffers
 from .diskcopy import CopyOptions
@@ -166,9 +166,7 @@ class VMRun:
         resumed = resumption.snapshot.vm if resumption is not None else None
         await self._clear_pool(inventory, earlier, kept=resumed)
         outcome = replace(outcome, plan=plan)
-        if plan.refused and not plan.disks:
-            first = plan.refused[0]
-            raise errors.PoolError(f"{first.device}: {first.error}")
+        plans.check_refused(plan)
         if not plan.disks:  # what was skipped, and why, is in the plan
             return replace(outcome, problems=tuple(self._problems))
         await pool.check_nbd()

@@ -278,7 +278,7 @@ class Lines:
 
     def _take(self, host: str, *, fresh: bool) -> Line | None:
         for line in reversed(self._idle):
-            if line.host == host and (line.is_fresh() or not fresh):
+            if line.host == host and (not fresh or line.is_fresh()):
                 self._idle.remove(line)
                 return line
         return None

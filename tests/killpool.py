@@ -12,7 +12,6 @@ import random
 import shutil
 import time
 import traceback
-from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from cbtfs import store as stores, units
 from cbtfs.errors import CbtfsError
 from cbtfs.owner import TAG_OWNER, Owned, read_task, write_owner
 
+from .killmatrix import Result
 from .killpoints import Mode
 from .killrun import Done, Runner, open_runner
 from .simulated import Failure
@@ -510,20 +510,6 @@ def _populate(trial: Trial) -> None:
         trial.bystanders[uuid] = content_of(small, uuid)
     trial.first = trial.objects()
     trial.make_p()
-
-
-@dataclass
-class Result:
-    """What the points of one kind of restore came to."""
-
-    tried: Counter[str] = field(default_factory=Counter[str])
-    """How many were tried, by what the command was about to do."""
-
-    failures: list[str] = field(default_factory=list[str])
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{name} {count}" for name, count in self.tried.most_common())
-        return f"{self.tried.total()} points ({kinds}), {len(self.failures)} failures"
 
 
 def try_points(trial: Trial, kind: Kind, points: Sequence[Point], *, how: str) -> Result:

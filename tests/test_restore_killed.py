@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from . import killpool
-from .killpool import Kind, Point, Result, Trial
+from .killmatrix import Result
+from .killpool import Kind, Point, Trial
 
 EVERY = int(os.environ.get("CBTFS_KILL_EVERY", "0"))
 """Each of so many points; 0: one of each call that is worth it."""
