@@ -23,6 +23,7 @@ from pathlib import Path
 import platformdirs
 
 from . import errors
+from .signals import HeldBack
 
 READY_FD = "CBTFS_READY_FD"
 """Environment variable that gives the child the pipe on which it tells that it is ready."""
@@ -43,7 +44,7 @@ def start_background(argv: Sequence[str], *, log_file: Path | None = None) -> in
     """
     read_end, write_end = os.pipe()
     log = log_file or default_log_file()
-    held = _HeldBack()
+    held = HeldBack()
     try:
         os.set_inheritable(write_end, True)
         pid = os.posix_spawn(
@@ -61,34 +62,6 @@ def start_background(argv: Sequence[str], *, log_file: Path | None = None) -> in
         os.close(read_end)
         if write_end >= 0:
             os.close(write_end)
-
-
-class _HeldBack:
-    """SIGINT and SIGTERM, whose handlers raise exceptions, noted from now on until ``release``.
-
-    So an exception finds somebody who knows of the child. To block the signals would not do: where
-    there are other threads they take them, and the handler runs in this one all the same.
-    """
-
-    def __init__(self) -> None:
-        self._noted: list[int] = []
-        self._handlers = {
-            number: handler
-            for number in (signal.SIGINT, signal.SIGTERM)
-            if callable(handler := signal.getsignal(number))
-        }
-        for number in self._handlers:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self._noted.append(number)
-
-    def release(self) -> None:
-        """Give the signals back to their handlers, those that came meanwhile too, once."""
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
-        while self._noted:
-            signal.raise_signal(self._noted.pop())
 
 
 def announce_ready() -> None:
@@ -126,7 +99,7 @@ def default_log_file() -> Path:
     return Path(platformdirs.user_log_dir("cbtfs")) / "cbtfs.log"
 
 
-def _await_ready(pid: int, pipe: int, held: _HeldBack) -> int:
+def _await_ready(pid: int, pipe: int, held: HeldBack) -> int:
     try:
         held.release()
         if os.read(pipe, 1):

@@ -6,10 +6,11 @@ What is told can be pasted into a shell. Nothing is run through a shell.
 import os
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from . import errors
+from .signals import HeldBack
 
 PACKAGES = {"blkid": "util-linux", "partx": "util-linux", "mount": "mount", "umount": "mount"}
 """The package that has a tool, where Debian and Fedora call it alike or nearly so."""
@@ -33,30 +34,48 @@ class Programs:
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a tool to its end, whatever that is; what it says is in no other language.
 
+        After an interruption it runs no more: whoever undoes what it did sees all of it.
+
         Raises:
             MountError: it is not installed.
         """
         told = shlex.join(words)
         self.commands.append(told)
         self.tell(told)
-        environment = os.environ | {"LC_ALL": "C"}
-        path = environment.get("PATH", os.defpath)
-        environment["PATH"] = f"{path}:/usr/sbin:/sbin"  # a user's own PATH may lack them
+        held = HeldBack()
         try:
-            return subprocess.run(
-                words,
-                check=False,
-                stdin=self.stdin,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env=environment,
-            )
-        except FileNotFoundError:
-            package = PACKAGES.get(words[0], "coreutils")
-            raise errors.MountError(
-                f"{words[0]} is not installed; install the package {package}"
-            ) from None
+            with _start(words, self.stdin) as process:
+                try:
+                    held.release()
+                    stdout, stderr = process.communicate()
+                except BaseException:
+                    process.kill()
+                    process.wait()  # a mount(2) in the kernel goes on to its end
+                    raise
+        finally:
+            held.release()
+        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+
+
+def _start(words: Sequence[str], stdin: int) -> subprocess.Popen[str]:
+    environment = os.environ | {"LC_ALL": "C"}
+    path = environment.get("PATH", os.defpath)
+    environment["PATH"] = f"{path}:/usr/sbin:/sbin"  # a user's own PATH may lack them
+    try:
+        return subprocess.Popen(
+            words,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
+    except FileNotFoundError:
+        package = PACKAGES.get(words[0], "coreutils")
+        raise errors.MountError(
+            f"{words[0]} is not installed; install the package {package}"
+        ) from None
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:

@@ -334,6 +334,7 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal, trio\n"
+        "from cbtfs import signals\n"
         "from cbtfs.cli import running\n"
         "async def work():\n"
         "    try:\n"
@@ -342,7 +343,7 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
         "    finally:\n"
         "        with trio.CancelScope(shield=True):\n"
         "            os.kill(os.getpid(), signal.SIGTERM)\n"
-        "            await trio.sleep(2 * running.ONE_SIGNAL)\n"
+        "            await trio.sleep(2 * signals.ONE_SIGNAL)\n"
         "            print('that was one signal', flush=True)\n"
         "            os.kill(os.getpid(), signal.SIGTERM)\n"
         "            await trio.sleep_forever()\n"

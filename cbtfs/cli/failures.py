@@ -1,6 +1,7 @@
 """Failures: how whatever was raised becomes one sentence on stderr and an exit status."""
 
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from types import FrameType
@@ -9,6 +10,7 @@ from typing import cast
 import typer
 
 from cbtfs import errors
+from cbtfs.signals import ONE_SIGNAL
 
 from . import output
 
@@ -74,9 +76,16 @@ def _usage_sentence(exc: typer.TyperException) -> str:
 
 
 def install_signal_handler() -> None:
-    """Make SIGTERM an exception as SIGINT is one, so that a command cleans up behind itself."""
-    signal.signal(signal.SIGTERM, _raise)
+    """Make SIGTERM an exception as SIGINT is one, so that a command cleans up behind itself.
 
+    Told the same twice at once, as by timeout(1), it is not interrupted in its cleaning up.
+    """
+    came: list[float] = []
 
-def _raise(signum: int, _: FrameType | None) -> None:
-    raise errors.Interrupted(signum)
+    def interrupt(signum: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if not came or now - came[0] > ONE_SIGNAL:
+            came.append(now)
+            raise errors.Interrupted(signum)
+
+    signal.signal(signal.SIGTERM, interrupt)

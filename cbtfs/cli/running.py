@@ -13,16 +13,13 @@ from typing import TypeVar
 import trio
 
 from cbtfs import errors
+from cbtfs.signals import ONE_SIGNAL
 
 _T = TypeVar("_T")
 
 ARENAS = 2
 """Areas from which all threads get their memory. By default there are eight for each processor, and
 what is freed in one stays there: a sync of 200 disks took 251 MB with them and takes 192 MB so."""
-
-ONE_SIGNAL = 0.3
-"""Seconds in which the same signal again is the same request: timeout(1) sends it to the process
-and to its group."""
 
 _M_ARENA_MAX = -8  # malloc.h, mallopt(3)
 
