@@ -117,7 +117,7 @@ class Image:
                 imagefiles.readable(base.path),
             ):
                 image._take(sources, base_size=base_size, copied=copied)
-                image._grow(base_size)
+                image._grow(base_size, base=base)
         return image
 
     @classmethod
@@ -393,8 +393,8 @@ class Image:
             if copied is not None:
                 copied(step.length)
 
-    def _grow(self, base_size: int) -> None:
-        """Extend to ``size`` with zeros.
+    def _grow(self, base_size: int, *, base: ImageFiles) -> None:
+        """Extend to ``size`` with zeros; a base's last block that rotted must not get a new digest.
 
         ::
 
@@ -403,11 +403,14 @@ class Image:
         """
         if self.size == base_size:
             return
+        start = base_size - base_size % digests.BLOCK
+        last = sparse.read_all(self._fd, base_size - start, start)
+        if last and digests.of_block(memoryview(last)) != self._known(start, digests.LENGTH):
+            raise errors.ImageDamaged(f"the last block of {base.path} differs from its digest")
         os.ftruncate(self._fd, self.size)
         os.ftruncate(self._digest_fd, digests.array_length(self.size))
-        start = base_size - base_size % digests.BLOCK
-        if start < base_size:
-            block = sparse.read_all(self._fd, min(digests.BLOCK, self.size - start), start)
+        if last:
+            block = last.ljust(min(digests.BLOCK, self.size - start), b"\0")
             self._put_digests(start, digests.of_block(memoryview(block)))
 
 

@@ -237,6 +237,19 @@ def test_a_grown_disk_ends_in_zeros(files: ImageFiles, second: ImageFiles, grown
         check(second, noise(ODD) + bytes(grown - ODD), made.finish())
 
 
+def test_a_last_block_that_rotted_gets_no_new_digest(files: ImageFiles, second: ImageFiles) -> None:
+    with Image.create(files, size=ODD) as made:
+        made.write(0, noise(ODD))
+        made.finish()
+    with files.path.open("r+b") as raw:
+        raw.seek(ODD - 5)
+        raw.write(b"?")
+
+    with pytest.raises(errors.ImageDamaged, match=r"the last block of .*xvda\.raw differs"):
+        Image.clone(second, base=files, base_size=ODD, size=3 * BLOCK)
+    assert not second.path.exists()
+
+
 def test_a_clone_cannot_shrink(files: ImageFiles, second: ImageFiles) -> None:
     make(files, noise(ODD))
 
