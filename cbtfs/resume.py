@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import snapshot as snapshots, units
-from .catalogue import VMHistory
+from .catalogue import DiskPoint, VMHistory
 from .inventory import VDI, VM, Inventory, read_owner
 from .journal import DiskJournal
 from .owner import Owned
@@ -55,7 +55,7 @@ def find(  # noqa: PLR0913  # one keyword per fact that decides
     """
     latest = history.latest.time if history and history.latest else ""
     for leftover in reversed(leftovers):
-        begun_on = _less_damaged(leftover, damaged)
+        begun_on = _less_damaged(leftover, history, damaged)
         begun = _begun(plan, begun_on.journal)
         if leftover.intent is None or not begun or leftover.time <= latest:
             continue
@@ -70,14 +70,28 @@ def find(  # noqa: PLR0913  # one keyword per fact that decides
     return None
 
 
-def _less_damaged(leftover: Leftover, damaged: Damaged) -> Leftover:
+def _less_damaged(leftover: Leftover, history: VMHistory | None, damaged: Damaged) -> Leftover:
     """Return ``leftover`` without the disks that began as an image which was then found damaged."""
-    journal = {
-        device: entry
-        for device, entry in leftover.journal.items()
-        if not (entry.base and damaged(entry.base, device))
-    }
+
+    def is_damaged(entry: DiskJournal) -> bool:
+        image = _image_of(entry, history)
+        return image is not None and damaged(entry.base, image.device)
+
+    journal = {device: e for device, e in leftover.journal.items() if not is_damaged(e)}
     return replace(leftover, journal=journal)
+
+
+def _image_of(entry: DiskJournal, history: VMHistory | None) -> DiskPoint | None:
+    """Return the image that a disk began as, as ``plan`` chose it; None if it is not there.
+
+    The disk may have had another device name then, and another disk its name.
+    """
+    points = history.points if history else ()
+    point = next((point for point in points if point.time == entry.base), None)
+    if point is None:
+        return None
+    same = (disk for disk in point.disks if disk.vdi_uuid == entry.vdi_uuid)
+    return next(same, None) or point.disk(entry.device)
 
 
 def _begun(plan: VMPlan, journal: Mapping[str, DiskJournal]) -> dict[str, DiskJournal]:
@@ -175,8 +189,7 @@ def _resumed_disk(
 
 def _base_of(entry: DiskJournal, inventory: Inventory, history: VMHistory | None) -> Base | None:
     """Return what the disk was cloned from, if it still is as it was."""
-    points = history.points if history else ()
-    known = next((p.disk(entry.device) for p in points if p.time == entry.base), None)
+    known = _image_of(entry, history)
     if known is None:
         return None
     if entry.method != "incremental":

@@ -166,6 +166,30 @@ def test_what_began_as_an_image_that_was_then_found_damaged_begins_anew() -> Non
     assert find(None, left({"xvda": full}), damaged=damaged) is not None
 
 
+@pytest.mark.parametrize(("flawed", "goes_on"), [("hda", False), ("xvda", True)])
+def test_a_disk_is_known_by_its_uuid_in_the_point_it_began_as(flawed: str, goes_on: bool) -> None:
+    # then it was hda, and what is xvda there is another disk
+    earlier = point(EARLIER)
+    (image,) = earlier.disks
+    renamed = msgspec.structs.replace(image, device="hda")
+    other = msgspec.structs.replace(image, vdi_uuid=SECOND, size=8 * GiB)
+    past = msgspec.structs.replace(earlier, disks=(other, renamed))
+    entry = msgspec.structs.replace(ENTRY, method="compare", base_snapshot_uuid="")
+
+    found = find(
+        None,
+        left({"xvda": entry}),
+        history=VMHistory(WEB1.uuid, "web1", (past,)),
+        damaged=lambda _, device: device == flawed,
+    )
+
+    assert (found is not None) is goes_on
+    if found is not None:
+        base = found.plan.disks[0].base
+        assert base is not None
+        assert base.disk == renamed
+
+
 def test_once_there_is_a_later_point_it_is_too_late() -> None:
     later = VMHistory(WEB1.uuid, "web1", (point(EARLIER), point("20261122T020001Z")))
 
