@@ -164,6 +164,32 @@ async def test_a_login_or_host_refused_ends_it_for_those_not_begun(
     assert counters["rpc.Async.VM.snapshot"] < 2 * syncs.VMS_AT_ONCE
 
 
+class Relieved(Watched):
+    """Has the pool serve again when both disks of a VM have failed."""
+
+    def __init__(self, pool: RunningPool) -> None:
+        super().__init__()
+        self.failed = 0
+        self._pool = pool
+
+    def disk_finished(self, key: str, point: DiskPoint | None, error: str = "") -> None:
+        self.failed += bool(error)
+        if self.failed == len(DEVICES):
+            self._pool.set("nbd.impostor", "")
+
+
+async def test_a_vm_whose_host_shows_an_old_certificate_does_not_stop_the_others(
+    simulated: RunningPool, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(syncs, "VMS_AT_ONCE", 1)
+    simulated.set("nbd.impostor", "*")
+    async with opened(simulated) as pool:
+        done = await sync(pool, store, await targets_of(pool, NAMES[:3]), Relieved(simulated))
+
+    assert isinstance(done[0].error, errors.AuthenticationFailed)
+    assert [outcome.point is not None for outcome in done] == [False, True, True]
+
+
 async def test_another_failure_stops_only_its_own_vm(simulated: RunningPool, store: Store) -> None:
     simulated.set("xapi.fail", "VM.snapshot*1:SR_BACKEND_FAILURE_109")
     async with opened(simulated) as pool:
