@@ -46,6 +46,9 @@ FRUITLESS = 3
 """Runs in a row that may fail without getting any further before a draft is given up: what cannot
 be read today may be read tomorrow, but perhaps it is the snapshot that is broken."""
 
+_TOO_LARGE = 1 << 63
+"""Bytes that no file can have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -359,6 +362,12 @@ def _vdi_of(snapshot: Snapshot, disk: DiskPlan) -> VDI:
     if vdi is None:
         raise errors.PoolError(
             f"disk {disk.device} was detached as the snapshot was taken; run sync again"
+        )
+    if not 0 < vdi.size < _TOO_LARGE:
+        # a point without any of it would be complete, and older ones might go for it
+        raise errors.PoolError(
+            f"xapi says that the snapshot of disk {disk.device} has {vdi.size} bytes, which no disk"
+            " has; scan its SR and run sync again"
         )
     return vdi
 
