@@ -189,8 +189,10 @@ class Pool:
         """Return the ``ova.xml`` of a VM, from which xapi can make its records again."""
         data = await self._session.export_metadata(vm_uuid)
         try:
-            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-                file = archive.extractfile("ova.xml")
+            # plain and no link, as xapi makes it: anything else could be made to never end
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+                member = archive.getmember("ova.xml")
+                file = archive.extractfile(member) if member.isfile() else None
                 if file is not None:
                     return file.read()
         except (tarfile.TarError, KeyError) as exc:

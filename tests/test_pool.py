@@ -1,14 +1,17 @@
 """What a pool does for the verbs, and above all what it refuses to destroy."""
 
+import gzip
+import io
 import os
 import socket
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import trio
 
-from cbtfs import errors, inventory, pool as pools, tasks
+from cbtfs import errors, inventory, pool as pools, tasks, xapi
 from cbtfs.inventory import TAG_OWNER, read_owner
 from cbtfs.owner import read_task
 from cbtfs.pool import Pool, PoolOptions
@@ -50,6 +53,39 @@ async def test_metadata_is_the_ova_xml_of_the_vm(simulated: RunningPool) -> None
 
     assert text.startswith(b"<")
     assert web1.uuid.encode() in text
+
+
+def archive_of(*, link: str = "") -> bytes:
+    """Return a tar with an ``ova.xml``: a file, or a link."""
+    member = tarfile.TarInfo("ova.xml")
+    member.type, member.linkname = (tarfile.SYMTYPE, link) if link else (tarfile.REGTYPE, "")
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        archive.addfile(member)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        archive_of(link="ova.xml"),
+        archive_of(link="nothing"),
+        gzip.compress(archive_of()),
+        gzip.compress(archive_of())[:-9],
+        b"",
+    ],
+    ids=["endless-link", "dangling-link", "packed", "packed-and-cut", "empty"],
+)
+async def test_metadata_that_are_none_are_a_failure_like_others(
+    simulated: RunningPool, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    async def export(_session: xapi.Session, _uuid: str) -> bytes:
+        return answer
+
+    monkeypatch.setattr(xapi.Session, "export_metadata", export)
+    async with opened(simulated) as pool:
+        with pytest.raises(errors.PoolError, match=r"has no ova\.xml"):
+            await pool.export_metadata("some")
 
 
 async def test_cbt_may_be_switched_on_twice(simulated: RunningPool, api: Api) -> None:
