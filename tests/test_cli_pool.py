@@ -287,6 +287,22 @@ def test_a_job_that_fails_does_not_stop_the_others(
     assert [vm.point is not None for vm in told] == [False, True]
 
 
+def test_a_dry_run_plans_what_the_run_would_do_in_spite_of_what_is_not_there(
+    capsys: pytest.CaptureFixture[str], pool: RunningPool, environment: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "cbtfs.toml"
+    jobs = '[job.bad]\npool = "sim"\nvms = ["gone"]\n[job.good]\npool = "sim"\nvms = ["app1"]\n'
+    path.write_text(pool.config.read_text() + jobs)
+    program = Program(capsys, "--config", str(path), "--store", str(tmp_path / "store"))
+
+    for selected in (("bad", "good"), ("--vm", "gone", "--vm", "app1")):
+        result = program("sync", "-n", *selected)
+        assert result.status == 3
+        assert result.err.count("no VM called 'gone'") == 1
+        assert "app1/xvda" in result.out
+    assert program("sync", "-n", "--vm", "gone", "--vm", "lost").status == 10
+
+
 def test_a_point_that_cannot_be_listed_is_damage(cbtfs: Program, tmp_path: Path) -> None:
     cbtfs("sync", "--vm", "app1")
     cbtfs("sync", "--vm", "app1")

@@ -102,7 +102,7 @@ def _show_problems(result: Result) -> None:
         text = str(outcome.error)
         if text in result.failed.values():
             text = "no disk could be copied, so there is no restore point"
-        output.note(text if outcome.vm_name in text else f"{name}: {text}")
+        note_error(outcome, text)
     for text in outcome.problems:
         contexts.warn(f"{name}: {text}")
     point = outcome.point
@@ -114,6 +114,11 @@ def _show_problems(result: Result) -> None:
             any(text.startswith(f"{disk.device}: ") for disk in point.disks) if point else False
         )
         tell(f"{name}/{text}" if of_disk else f"{name}: {text}")
+
+
+def note_error(outcome: Outcome, text: str) -> None:
+    """Tell on stderr what went wrong, and with which VM, if ``text`` does not say it."""
+    output.note(text if outcome.vm_name in text else f"{label(outcome)}: {text}")
 
 
 def document(result: Result) -> dict[str, object]:

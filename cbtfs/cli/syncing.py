@@ -109,8 +109,15 @@ def sync(  # noqa: PLR0913  # one parameter per option
     )
     runs = _runs(options, jobs or [], vms=vm or [], vdis=vdi or [], wish=wish)
     if dry_run:
-        plans = running.run(lambda: _plan_all(runs))
+        plans, failed = running.run(lambda: _plan_all(runs))
+        status = outcomes.exit_status(failed)
+        if not plans and len(failed) == 1 and failed[0].error is not None:
+            raise failed[0].error
         forecast.show(plans, as_json=options.json)
+        for outcome in failed:
+            outcomes.note_error(outcome, str(outcome.error))
+        if status:
+            raise typer.Exit(outcomes.PARTIAL if plans else status)
         return
     kind = contexts.progress_kind(options, as_json=json_progress)
     results = running.run(lambda: _run_all(runs, kind), then=_GOES_ON)
@@ -205,19 +212,29 @@ async def _opened(run: Run, store: Store | None) -> AsyncGenerator[tuple[Pool, I
 # ── -n ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _plan_all(runs: Sequence[Run]) -> Planned:
-    return [planned for run in runs for planned in await _plan(run)]
+async def _plan_all(runs: Sequence[Run]) -> tuple[Planned, list[Outcome]]:
+    """Return what can be planned, and a failed outcome for what cannot, as the run itself would."""
+    planned: Planned = []
+    failed: list[Outcome] = []
+    for run in runs:
+        try:
+            plans, missing = await _plan(run)
+        except errors.CbtfsError as exc:
+            plans, missing = [], [Outcome("", run.name, error=exc)]
+        planned += plans
+        failed += missing
+    return planned, failed
 
 
-async def _plan(run: Run) -> Planned:
+async def _plan(run: Run) -> tuple[Planned, list[Outcome]]:
     with contexts.store_if_any(run.options) as store:
         async with _opened(run, store) as (pool, inventory):
-            targets = _targets(inventory, run)
+            targets, missing = _targets_there(inventory, run)
             plans = syncs.plan(inventory, store, targets, options=run.how)
             return [
                 (plan, [await forecast.of_disk(pool, inventory, disk) for disk in plan.disks])
                 for plan in plans
-            ]
+            ], missing
 
 
 # ── The run ──────────────────────────────────────────────────────────────────────────────────
