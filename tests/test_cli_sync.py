@@ -51,7 +51,7 @@ LEFT_OUT = Outcome(uuid(2), "kiosk")
         ([outcome(errors.StoreLocked("")), outcome(errors.StoreError(""))], 1),
         ([outcome(), LEFT_OUT], 0),
         ([LEFT_OUT], 1),
-        ([outcome(errors.StoreLocked("")), LEFT_OUT], 3),
+        ([outcome(errors.StoreLocked("")), LEFT_OUT], 11),
         ([], 0),
     ],
 )

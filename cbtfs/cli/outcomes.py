@@ -174,15 +174,16 @@ def _disk_document(disk: DiskPoint) -> dict[str, object]:
 
 
 def exit_status(outcomes: Sequence[Outcome]) -> int:
-    """Return 0 if all is done, 3 if only some is, else the status of what went wrong.
+    """Return 0 if all is done, 3 if only some is, else, without any point, that of what went wrong.
 
     A VM none of whose disks can be synced is no failure, unless nothing else was asked for.
     """
     failed = [outcome.error for outcome in outcomes if outcome.error is not None]
     partial = any(o.point is not None and o.point.state == "partial" for o in outcomes)
-    if partial or (failed and len(failed) < len(outcomes)):
+    done = any(outcome.point is not None for outcome in outcomes)
+    if partial or (failed and done):
         return PARTIAL
-    if outcomes and not any(outcome.point for outcome in outcomes):
+    if outcomes and not done:
         statuses = {error.exit_code for error in failed}
         return statuses.pop() if len(statuses) == 1 else 1
     return 0
