@@ -101,6 +101,12 @@ def check(keep: Keep) -> None:
         )
 
 
+def most(keeps: Sequence[Keep]) -> Keep:
+    """Return rules that keep what any of ``keeps`` does."""
+    rules = [keep.rules() for keep in keeps]
+    return Keep(**{name: max(r.get(name, 0) for r in rules) for r in rules for name in r})
+
+
 def decide(
     history: VMHistory, keep: Keep, facts: Mapping[str, Facts] | None = None
 ) -> list[Verdict]:

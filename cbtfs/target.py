@@ -1,6 +1,6 @@
 """Target: what a restore point is made of - a VM with its disks, or a disk without VM."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from . import errors, plan as planning, resume
@@ -35,6 +35,7 @@ class SyncOptions:
         lock_wait: seconds to wait for another run of the same VM to end.
         job: name of the job, which the point remembers.
         keep: what is kept of the VM's points, after a new one was made; None for all.
+        keeps: the rules of all jobs, by name: whose points the VM has too, those count as well.
     """
 
     full: bool = False
@@ -45,6 +46,7 @@ class SyncOptions:
     lock_wait: float = 0.0
     job: str = ""
     keep: Keep | None = None
+    keeps: Mapping[str, Keep] = field(default_factory=dict[str, Keep], hash=False)
 
 
 def plan_one(

@@ -17,8 +17,15 @@ from functools import partial
 
 import trio
 
-from . import errors, plan as plans, prune as prunes, snapshot as snapshots, target as targets
-from .catalogue import Point
+from . import (
+    errors,
+    plan as plans,
+    prune as prunes,
+    retention,
+    snapshot as snapshots,
+    target as targets,
+)
+from .catalogue import Point, VMHistory
 from .copier import Buffers
 from .diskcopy import CopyOptions
 from .draft import Draft, Run
@@ -181,14 +188,19 @@ class VMRun:
                 point = await draft.make(plan, inventory)
         finally:
             self._problems += draft.problems
-        removed = await self._prune()
+        removed = await self._prune(history)
         return replace(outcome, point=point, removed=removed, problems=tuple(self._problems))
 
-    async def _prune(self) -> tuple[str, ...]:
-        """Remove what the rules of the job do not keep; return the times of the points gone."""
-        keep = self._options.keep
+    async def _prune(self, history: VMHistory | None) -> tuple[str, ...]:
+        """Remove what the rules do not keep; return the times of the points gone.
+
+        The rules are the job's, and those of other jobs that made points of the VM.
+        """
+        keep, others = self._options.keep, self._options.keeps
         if keep is None:
             return ()
+        jobs = {point.job for point in (history.points if history else ())}
+        keep = retention.most([keep, *(others[job] for job in jobs if job in others)])
         prune = partial(prunes.prune, self._run.store, self._run.key, keep, locked=True)
         try:
             verdicts = await trio.to_thread.run_sync(prune)

@@ -268,6 +268,26 @@ def test_the_rules_of_the_job_count(root: Path) -> None:
     assert times(root, OTHER) == TIMES[:2]
 
 
+@pytest.mark.timeout(120)
+def test_a_job_does_not_remove_what_another_keeps(tmp_path: Path) -> None:
+    with running_small(tmp_path / "pool", sizes=[1 << 20]) as small:
+        shell = Shell(small.pool, tmp_path / "store")
+        jobs = {"many": 3, "one": 1}
+        small.pool.config.write_text(
+            small.pool.config.read_text()
+            + "".join(
+                f'\n[job.{name}]\nvms = ["v"]\nkeep = {{ last = {last} }}'
+                for name, last in jobs.items()
+            )
+        )
+        for job in ("many", "many", "one"):
+            (vm,) = items(shell.json("sync", job), "vms")
+            assert vm["removed"] == []
+        shell.run("prune")
+        (vm,) = items(shell.json("list"), "vms")
+        assert [point["job"] for point in items(vm, "points")] == ["many", "many", "one"]
+
+
 def test_without_any_rule_nothing_is_done(root: Path) -> None:
     said = cbtfs(root, "prune", status=2)
 

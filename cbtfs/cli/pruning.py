@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cbtfs import config, errors, prune as prunes
+from cbtfs import config, errors, prune as prunes, retention
 from cbtfs.catalogue import Catalogue, VMHistory
 from cbtfs.config import Config
 from cbtfs.retention import Keep, Verdict
@@ -151,7 +151,7 @@ def _policies(options: Globals, histories: Sequence[VMHistory], asked: Keep) -> 
     for history in histories:
         keeps = [job.keep for name, job in jobs.items() if job.keep and _is_of(history, name, job)]
         if keeps:
-            found[history.uuid] = most(keeps)
+            found[history.uuid] = retention.most(keeps)
     return found
 
 
@@ -167,23 +167,17 @@ def _jobs_of_store(options: Globals, configuration: Config) -> dict[str, JobTabl
 
 
 def _is_of(history: VMHistory, name: str, job: JobTable) -> bool:
-    """Tell whether a job makes the points of a VM: its newest says so, or the VM is called so.
+    """Tell whether a job makes points of a VM: one of them says so, or the VM is called so.
 
     What ``tag:`` and ``sr:`` select only a pool knows, and only at the time of a sync.
     """
     latest = history.latest
-    if latest is not None and latest.job:
-        return latest.job == name
-    return any(
+    if any(point.job == name for point in history.points):
+        return True
+    return not (latest is not None and latest.job) and any(
         pattern in {history.name, history.uuid} or fnmatchcase(history.name, pattern)
         for pattern in job.vms or ("*",)
     )
-
-
-def most(keeps: Sequence[Keep]) -> Keep:
-    """Return rules that keep what any of ``keeps`` does."""
-    rules = [keep.rules() for keep in keeps]
-    return Keep(**{name: max(r.get(name, 0) for r in rules) for r in rules for name in r})
 
 
 # ── pin ──────────────────────────────────────────────────────────────────────────────────────────

@@ -152,6 +152,7 @@ def _runs(
             "nothing to sync: name a job of the configuration, or select VMs, such as --vm 'web*'"
         )
     runs: list[Run] = []
+    keeps = {name: job.keep for name, job in configuration.jobs.items() if job.keep}
     for name in names:
         job = config.choose_job(configuration, name)
         chosen = replace(
@@ -162,7 +163,7 @@ def _runs(
                 chosen,
                 name=f"job {name}",
                 vms=job.vms or ("*",),
-                how=wish.options(name, job),
+                how=replace(wish.options(name, job), keeps=keeps),
             )
         )
     for warning in config.warnings(configuration):
