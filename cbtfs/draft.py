@@ -224,7 +224,7 @@ class Draft:
     # ── making ───────────────────────────────────────────────────────────────────────────────
 
     def _room(self, inventory: Inventory, plan: VMPlan) -> AbstractAsyncContextManager[None]:
-        """Hold the room in the store that the full copies need.
+        """Hold the room in the store that the full copies need, and clones that share nothing.
 
         Raises:
             StoreFull: it is not there.
@@ -232,6 +232,8 @@ class Draft:
         run = self._run
         found = [inventory.find_vdi(d.vdi_uuid) for d in plan.disks if d.method == "full"]
         needed = sum(min(vdi.used, vdi.size) for vdi in found if vdi is not None)
+        bases = (d.base for d in plan.disks if d.base is not None)
+        needed += run.store.clone_size(run.key, ((base.time, base.disk) for base in bases))
         text = f"{run.label}: waiting: what others need may leave too little in {run.store.path}"
         return run.space.held(needed, name=plan.vm_name, waits=lambda: run.progress.message(text))
 

@@ -240,6 +240,15 @@ class Folder:
         found = self._stat(name)
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else -1
 
+    def stored(self, name: str) -> int:
+        """Return the bytes that ``name`` takes on disk, its holes not counted; 0 if it is gone.
+
+        Raises:
+            StoreError: the disk failed, or this user may not look.
+        """
+        found = self._stat(name)
+        return found.st_blocks * 512 if found is not None else 0
+
     def identity(self, name: str) -> tuple[int, int] | None:
         """Return device and inode of what is called ``name``, None if nothing is."""
         found = self._stat(name)

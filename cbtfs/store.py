@@ -28,7 +28,7 @@ Rules of this file:
 import os
 import re
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -307,6 +307,23 @@ class Store:
         with told("look at", self.path):
             info = os.fstatvfs(self._folder.fd)
         return info.f_bavail * info.f_frsize
+
+    def clone_size(self, vm_uuid: str, images: Iterable[tuple[str, DiskPoint]]) -> int:
+        """Return the bytes that clones of ``images`` take, each a disk of the point of a time.
+
+        That is nothing where files can share extents, and nothing is known of what is gone.
+
+        Raises:
+            StoreError: nothing can be written here.
+        """
+        chosen = list(images)
+        if not chosen or self.reflink_supported():
+            return 0
+        total = 0
+        for time, disk in chosen:
+            with suppress(errors.StoreError), self.opened_point(vm_uuid, time) as point:
+                total += point.stored(disk.file) + point.stored(disk.digests)
+        return total
 
     def reflink_supported(self) -> bool:
         """Tell whether files in this store can share extents, by trying it.

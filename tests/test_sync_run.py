@@ -200,6 +200,27 @@ async def test_a_point_without_a_disk_attached_at_the_last_moment_is_partial(
     assert small.snapshots() == []
 
 
+async def test_without_reflinks_there_must_be_room_for_a_copy_of_the_base(
+    small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = small.pool.open_guest("v", "xvda")
+    guest.pwrite(b"x" * (1 << 20), 0)
+    guest.shutdown()
+    shares = False
+    monkeypatch.setattr(store, "reflink_supported", lambda: shares)
+    async with opened(small.pool) as pool:
+        await sync(pool, store)
+        monkeypatch.setattr(store, "free_space", lambda: 900 << 10)
+        refused = await sync(pool, store)
+        shares = True
+        told = await sync(pool, store)
+
+    assert isinstance(refused.error, errors.StoreFull)
+    assert "v needs about 1" in str(refused.error)
+    assert methods(told) == ALL_INCREMENTAL
+    assert small.snapshots() == []
+
+
 async def test_a_disk_that_cannot_be_tracked_is_copied_all_the_same(
     small: Small, store: Store
 ) -> None:
