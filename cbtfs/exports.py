@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import trio
@@ -46,11 +46,11 @@ _ALLOW_NBD = (
 
 
 class _NbdInfo(msgspec.Struct, frozen=True, repr_omit_defaults=True):
-    """A ``vdi_nbd_server_info``."""
+    """A ``vdi_nbd_server_info``; NBD has no longer names, nor any with a null character."""
 
-    exportname: str
+    exportname: Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^[^\x00]*$")]
     address: str
-    port: int
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     cert: str = ""
     subject: str = ""
 

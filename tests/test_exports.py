@@ -1,6 +1,8 @@
 """Which host a disk is read from, how often at a time, and what a user is told when none serves."""
 
-from collections.abc import AsyncGenerator, Iterator
+import json
+import ssl
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import trio
 
 from cbtfs import errors, exports
+from cbtfs.handlers import Web
 from cbtfs.inventory import VDI
 from cbtfs.nbd import Export
 from cbtfs.pool import Pool
@@ -64,6 +67,26 @@ async def test_an_export_is_what_the_guest_wrote(simulated: RunningPool, tmp_pat
         await pool.destroy_vdi(snapshot.ref)
 
     assert data == image.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("port", "name"), [(1 << 70, "/x"), (0, "/x"), (10809, "x" * 5000), (10809, "/\0")]
+)
+async def test_an_address_that_cannot_be_one_is_an_answer_not_understood(
+    simulated: RunningPool, monkeypatch: pytest.MonkeyPatch, port: int, name: str
+) -> None:
+    asked = Web.post
+
+    async def answer(
+        self: Web, host: str, context: ssl.SSLContext, method: str, params: Sequence[object]
+    ) -> bytes:
+        if method != "VDI.get_nbd_info":
+            return await asked(self, host, context, method, params)
+        return json.dumps([{"exportname": name, "address": "127.0.0.1", "port": port}]).encode()
+
+    monkeypatch.setattr(Web, "post", answer)
+
+    assert "answer to VDI.get_nbd_info is not understood" in str(await failure(simulated))
 
 
 @pytest.mark.parametrize("fault", ["nbd.impostor", "nbd.strip", "nbd.no_tls"])
