@@ -127,8 +127,10 @@ class _DiskCopy:
         self._vdi = vdi
         self._options = options
         self._told = told
-        self._plan = disk
         entry = stage.journaled.get(disk.device) if disk.method == "resume" else None
+        if disk.method == "resume" and entry is None:  # the journal could be read a moment ago only
+            disk = replace(disk, method="full" if disk.base is None else "compare")
+        self._plan = disk
         self._log = Logbook(stage, vdi, entry)
         self._allocated = -1
         self._compared = self._wrong = 0

@@ -4,17 +4,19 @@ In the test's process, against a pool whose VM ``v`` has one disk of 32 MiB.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import trio
 
-from cbtfs import logbook, owner as owners, store as stores, sync as syncs
+from cbtfs import logbook, owner as owners, stage as stages, store as stores, sync as syncs
 from cbtfs.bitmap import ChangeBitmap
 from cbtfs.catalogue import DiskPoint
 from cbtfs.extents import Extent
+from cbtfs.folder import Folder
 from cbtfs.image import Buffer, Image
+from cbtfs.journal import DiskJournal
 from cbtfs.pool import Pool
 from cbtfs.progress import SilentProgress
 from cbtfs.sample import Sample
@@ -250,6 +252,43 @@ async def test_what_a_wrong_bitmap_left_out_is_not_left_out_when_going_on(
         assert scope.cancelled_caught
         outcome = await sync(pool, store)
 
+    assert_equal(small, store, outcome)
+
+
+async def test_a_journal_that_cannot_be_read_again_leaves_nothing_of_the_old_image(
+    small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan goes on with what was begun; then the journal is gone, and with it how it began."""
+    monkeypatch.setattr(logbook, "FLUSH_BYTES", 1)
+    genuine = stages.read_journal
+    read = 0
+
+    def readable_once(vm: Folder, name: str) -> Mapping[str, DiskJournal]:
+        nonlocal read
+        read += 1
+        return genuine(vm, name) if read == 1 else {}
+
+    async def nothing(_self: Pool, _vdi_ref: str, *, size: int) -> ChangeBitmap:
+        return ChangeBitmap.of_extents([], size=size)
+
+    async with opened(small.pool) as pool:
+        await sync(pool, store)
+        write(small, bytes(len(DATA)), AT)
+        write(small, bytes(len(DATA)), MiB)
+        with trio.CancelScope() as scope:
+
+            class OnTheWay(SilentProgress):
+                def advanced(self, key: str, *, read: int, written: int) -> None:
+                    scope.cancel()
+
+            await sync(pool, store, progress=OnTheWay())
+        assert scope.cancelled_caught
+        monkeypatch.setattr(stages, "read_journal", readable_once)
+        monkeypatch.setattr(Pool, "allocated", nothing)
+        outcome = await sync(pool, store, ALL)
+
+    assert read == 2
+    assert disk(outcome).method == "compare"
     assert_equal(small, store, outcome)
 
 
