@@ -249,6 +249,39 @@ def test_what_is_left_is_damage_still(store: Store, root: Path, cbtfs: Program) 
     assert disks["xvda"]["extents"] == [[2 * BLOCK, 3 * BLOCK]]
 
 
+def test_a_repair_is_no_all_clear_for_what_is_not_as_in_the_pool(
+    store: Store, root: Path, cbtfs: Program
+) -> None:
+    commit(store, content=noise(BLOCK) + bytes(BLOCK))
+    found = damage.Disagreement(blocks=1, extents=(Extent(0, BLOCK),))
+    with Folder.open(root / VM / FIRST) as point:
+        damage.record_pool(point, "xvda", found, unproven=iter, now="2026-11-23T08:00:00+00:00")
+    spoil(root / VM / FIRST / "xvda.raw", BLOCK)
+
+    result = cbtfs("verify", "--repair")
+
+    assert result.status == 4
+    assert "ok, 128 KiB checked, but 1 blocks were not as in the pool" in result.out
+    assert f"  repaired: bytes {BLOCK} to {2 * BLOCK}, which are zeros" in result.out
+    assert store.damaged(VM, FIRST) == frozenset({"xvda"})
+
+
+def test_a_record_that_cannot_be_read_is_no_all_clear(
+    store: Store, root: Path, cbtfs: Program
+) -> None:
+    commit(store)
+    broken = root / VM / FIRST / "damaged.json"
+    broken.write_text("rubbish")
+
+    result = cbtfs("verify")
+
+    assert result.status == 4  # restore and sync take the disk for damaged, too
+    assert result.out.endswith("checked, but damage is on record\n")
+    assert f"{broken} cannot be read" in result.err
+    broken.unlink()
+    assert cbtfs("verify").status == 0
+
+
 def test_changed_digests_can_be_repaired(store: Store, root: Path, cbtfs: Program) -> None:
     commit(store)
     spoil(root / VM / FIRST / "xvda.b3", 16)

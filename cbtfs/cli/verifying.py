@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cbtfs import errors, names, progress, repair as repairs, tables, units, verified
+from cbtfs import damage, errors, names, progress, repair as repairs, tables, units, verified
 from cbtfs.agreement import Agreement
 from cbtfs.catalogue import Catalogue, DiskPoint, Reference
 from cbtfs.counterpart import Missing
@@ -292,6 +292,13 @@ class _Run:
             self._left_out += 1
             return Checked(disk, Damage(), since=since)
         found = self._compared(key, reference)
+        if on_record and self._is_record_unreadable(reference):
+            path = self._store.point_path(point.vm_uuid, point.time) / damage.RECORD
+            contexts.warn(
+                f"{path} cannot be read, so {key} counts as damaged, and it may not be as in the"
+                " pool; remove that file, and run cbtfs verify --against-pool"
+            )
+            is_in_doubt = True
         if not found.found:
             return Checked(disk, found, on_record=is_in_doubt or (on_record and found.sampled))
         if self._wish.repair and not self._wish.dry_run:
@@ -301,8 +308,13 @@ class _Run:
             except errors.StoreError as exc:
                 contexts.warn(f"{key} is not repaired: {exc}")
             else:
-                return Checked(disk, found, repair=done, repaired=True)
-        return Checked(disk, found, repair=repairs.possible(self._store, reference, found))
+                return Checked(disk, found, repair=done, repaired=True, on_record=is_in_doubt)
+        able = repairs.possible(self._store, reference, found)
+        return Checked(disk, found, repair=able, on_record=is_in_doubt)
+
+    def _is_record_unreadable(self, reference: Reference) -> bool:
+        with self._store.opened_point(reference.history.uuid, reference.point.time) as folder:
+            return damage.UNREADABLE in damage.recorded(folder)
 
     def _whole_since(self, reference: Reference) -> datetime | None:
         """Return when a disk was found whole, if that is so short ago that it is left out."""
@@ -385,7 +397,10 @@ def _told(result: Checked) -> str:
     if result.by_pool is not None:
         compared = isinstance(result.verdict, Agreement) and result.verdict.found.blocks
         return verdict if compared else f"{verdict}, {agreeing.on_record(result.by_pool)}"
-    return f"{verdict}, but damage is on record; verify all of it" if result.on_record else verdict
+    if not result.on_record or result.left.found:
+        return verdict
+    told = f"{verdict}, but damage is on record"
+    return f"{told}; verify all of it" if result.damage.sampled else told
 
 
 def _is_damage(verdict: Verdict | None) -> bool:
