@@ -190,6 +190,8 @@ def restore(
     """
     started = time.monotonic()
     _refuse_damaged(files, wish)
+    if wish.damaged:
+        told.warned(f"{files.path} is on record as damaged, and restored all the same")
     with _opened_source(files, disk, wish, warn=told.warned) as source:
         job = _Job(source, wish, told)
         if blockdevice.is_block_device(target):

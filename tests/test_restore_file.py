@@ -406,6 +406,11 @@ def test_damage_on_record_is_refused_before_anything_is_copied(
 
     assert list(out.iterdir()) == []
 
+    spoil(image_of(root), 20 * BLOCK)  # right again, but for what no digest may tell
+    forced = cbtfs("-q", "restore", "web1/latest", "--to", str(out / "a.raw"), "--force")
+    assert forced.status == 0
+    assert forced.err.endswith("is on record as damaged, and restored all the same\n")
+
 
 def test_digests_that_changed_are_no_proof(
     cbtfs: Program, root: Path, out: Path, copying: None

@@ -1,6 +1,7 @@
 """``restore --to-sr`` and ``--in-place``: points back into a pool, over the real wires."""
 
 import contextlib
+import json
 import random
 import signal
 import ssl
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from cbtfs import owner, readback, units
+from cbtfs import damage, owner, readback, units
+from cbtfs.extents import Extent
+from cbtfs.folder import Folder
 
 from . import bigdisks
 from .commands import Shell, items, leftovers
@@ -188,6 +191,45 @@ def test_damage_ends_it_and_leaves_nothing(small: Small, shell: Shell) -> None:
 
     assert f"bytes {5 * BLOCK} to {6 * BLOCK} differ" in done.stderr
     assert new_disks(small) == {}
+
+
+def test_what_is_on_record_as_damaged_is_refused_unless_forced(small: Small, shell: Shell) -> None:
+    record = shell.image("v", "xvda").resolve().with_name(damage.RECORD)
+    found = damage.Disagreement(blocks=1, extents=(Extent(0, BLOCK),))  # which no digest tells
+    with Folder.open(record.parent) as point:
+        damage.record_pool(point, "xvda", found, unproven=iter, now="2026-11-23T08:00:00+00:00")
+    try:
+        refused = [
+            shell.run("restore", "v/latest", *way, status=4).stderr
+            for way in (["--to-sr", "Shared NFS"], ["--in-place", "-n"])
+        ]
+        none = new_disks(small)
+        forced = shell.run("-q", "restore", "v/latest/xvda", "--to-sr", "Shared NFS", "--force")
+    finally:
+        record.unlink()
+
+    assert all("/xvda is on record as damaged; cbtfs verify says where" in r for r in refused)
+    assert none == {}
+    assert forced.stderr.endswith("is on record as damaged, and restored all the same\n")
+    assert len(new_disks(small)) == 1
+
+
+def test_what_is_not_in_the_point_is_told(small: Small, shell: Shell) -> None:
+    path = shell.image("v", "xvda").with_name("point.json")
+    original = path.read_bytes()
+    record = json.loads(original)
+    record["failures"] = [{"device": "xvdd", "vdi_uuid": "v", "error": "lost"}]
+    path.write_text(json.dumps(record))
+    try:
+        partial = shell.run("restore", "v/latest", "--to-sr", "Shared NFS", "-n").stderr
+        path.write_text(json.dumps({**record, "disks": []}))
+        without = shell.run("restore", "v/latest", "--to-sr", "Shared NFS", status=10).stderr
+        shell.run("restore", "v/latest", "--in-place", status=10)
+    finally:
+        path.write_bytes(original)
+
+    assert "/xvdd is not in this point: lost" in partial
+    assert "has no disks" in without
 
 
 def test_a_vm_that_was_finished_without_an_answer_is_told_and_stays(
@@ -424,6 +466,8 @@ def test_a_vm_needs_a_whole_point_and_its_metadata(small: Small, shell: Shell) -
 
     assert "a whole point" in one.stderr
     assert "has no vm.xml" in none.stderr
+    unset = shell.run("restore", "v/latest", *wanted[:3], "", status=2)
+    assert "--vm-name is empty" in unset.stderr
 
 
 # ── --in-place ───────────────────────────────────────────────────────────────────────────────

@@ -44,7 +44,11 @@ def restore(  # noqa: PLR0913  # one parameter per option
     ] = False,
     force: Annotated[
         bool,
-        typer.Option("--force", metavar="", help="Overwrite what a file or device holds."),
+        typer.Option(
+            "--force",
+            metavar="",
+            help="Overwrite what a file or device holds, and restore what is on record as damaged.",
+        ),
     ] = False,
     verify: Annotated[
         Literal["sample", "full"],
@@ -59,6 +63,8 @@ def restore(  # noqa: PLR0913  # one parameter per option
         raise errors.UsageError("say where to: one of --to FILE, --to-sr SR and --in-place")
     if vm_name is not None and to_sr is None:
         raise errors.UsageError("--vm-name goes with --to-sr")
+    if vm_name is not None and not vm_name.strip():
+        raise errors.UsageError("--vm-name is empty; say what the new VM is to be called")
     if to is not None:
         restoring_file.restore(
             options,
@@ -74,6 +80,7 @@ def restore(  # noqa: PLR0913  # one parameter per option
         point=point,
         to_sr=to_sr or "",
         vm_name=vm_name or "",
+        forced=force,
         whole=verify == "full",
         dry_run=dry_run,
         json_progress=json_progress,

@@ -197,7 +197,7 @@ async def _restore(
             if not options.json:
                 output.line(output.safe(_summary(task, done)))
             documents.append(_document(task, done, told.warnings))
-            if done.damaged and options.quiet:  # whoever uses it must know
+            if (done.damaged or task.wish.damaged) and options.quiet:  # whoever uses it must know
                 output.note(told.warnings[-1])
         finally:
             for text in told.warnings:

@@ -31,11 +31,17 @@ _UNFINISHED = "run the command again to finish it, or go back to the snapshot it
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the options say; ``whole``: all of what was written is read back, not only some."""
+    """What the options say.
+
+    Attributes:
+        forced: damage on record does not matter.
+        whole: all of what was written is read back, not only some.
+    """
 
     point: str
     to_sr: str = ""
     vm_name: str = ""
+    forced: bool = False
     whole: bool = False
     dry_run: bool = False
     json_progress: bool = False
@@ -67,8 +73,30 @@ def _ran(work: Callable[[], Awaitable[_T | None]], done: Sequence[_T], *, then: 
 
 
 def _goal(store: Store, wish: Wish) -> Goal:
+    """Return what is to be restored, and tell what of the point cannot be.
+
+    Raises:
+        NotFound: it has no disks.
+        ImageDamaged: a disk is on record as damaged.
+    """
     point = contexts.point_of(store, wish.point)
-    return Goal(point, owner.run_name(point.point.time, secrets.token_hex(8)), whole=wish.whole)
+    run = owner.run_name(point.point.time, secrets.token_hex(8))
+    goal = Goal(point, run, whole=wish.whole)
+    if not goal.disks:
+        raise errors.NotFound(f"{goal.label} has no disks")
+    for failure in () if point.disk else point.point.failures:
+        contexts.warn(f"{goal.label}/{failure.device} is not in this point: {failure.error}")
+    # image and digests may agree, and both be otherwise than the disk was
+    damaged = store.damaged(point.history.uuid, point.point.time)
+    for disk in (disk for disk in goal.disks if disk.device in damaged):
+        on_record = f"{goal.label}/{disk.device} is on record as damaged"
+        if not wish.forced:
+            raise errors.ImageDamaged(
+                f"{on_record}; cbtfs verify says where; restore another point, or this one all the"
+                " same with --force"
+            )
+        output.note(f"{on_record}, and restored all the same")  # whoever uses it must know
+    return goal
 
 
 @dataclass(frozen=True, slots=True)
