@@ -4,23 +4,33 @@
 
     target     written                              appears or becomes usable
     file       beside it, under another name        by a rename, after all was read back
-    device     in place, its first and last MiB     when these are there: they were zero, so that
-               after everything else                nothing takes a half-written disk for one
+    device     in place, its last MiB, and then     when these are there: they were zero, so that
+               its first, after everything else     nothing takes a half-written disk for one
 
 A file on the file system of the store shares the image's extents, where that is possible. Either
 way something of what was written, or all of it, is read from disk again and compared with the
-digests.
+digests; of a device before its first MiB is written, for until then another run may go on.
 """
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from . import blockdevice, digests, errors, image, imagecopy, imagefiles, sparse, units
+from . import (
+    blockdevice,
+    digests,
+    errors,
+    extents,
+    image,
+    imagecopy,
+    imagefiles,
+    sparse,
+    units,
+)
 from .blockdevice import BlockDevice
 from .catalogue import DiskPoint
 from .extents import Extent
@@ -241,7 +251,7 @@ def _check_device(device: BlockDevice, source: Source, wish: Wish) -> None:
 def _looks_begun(device: BlockDevice, source: Source) -> bool:
     """Tell whether a device looks as an interrupted restore of ``source`` leaves it in the end.
 
-    That has written the last MiB of the disk then, but not the first.
+    That has written some of the last MiB of the disk then, but not the first.
     """
     edge = min(blockdevice.EDGE, device.size)
     _, _, tail = _parts(source.size)
@@ -251,8 +261,11 @@ def _looks_begun(device: BlockDevice, source: Source) -> bool:
     if device.is_not_zero(beyond, device.size - beyond):
         return False
     with told_outside("read", device.path):
-        found = sparse.read_all(device.fd, tail.length, tail.start)
-    return digests.of_blocks(memoryview(found)) == source.expected(tail)
+        found = digests.of_blocks(memoryview(sparse.read_all(device.fd, tail.length, tail.start)))
+    return all(
+        not any(found[digests.entry(start) : digests.entry(stop)])
+        for start, stop in digests.differences(found, source.expected(tail), length=tail.length)
+    )
 
 
 def _parts(size: int) -> tuple[Extent, Extent, Extent]:
@@ -347,7 +360,6 @@ class _Job:
                 self._told.warned(_larger(device, self._source.size))
             with self._copy(device.fd, path, is_device=True) as copy:
                 self._overwrite(device, copy)
-                self._read_back(copy, path)
 
     def _overwrite(self, device: BlockDevice, copy: ImageCopy) -> None:
         head, middle, tail = _parts(self._source.size)
@@ -356,9 +368,14 @@ class _Job:
             for edge in (head, tail):
                 copy.zero(edge)
             copy.flush()
-        for part in (middle, tail, head):
+        for part in (middle, tail):
             copy.bring(part, self._told.advanced)
             copy.flush()
+        with self._reading_back(copy, device.path) as check:
+            check(Extent(head.stop, self._source.size))
+            copy.bring(head, lambda read, written: self._told.advanced(0, 0))
+            copy.flush()
+            check(head)
 
     def _copy(
         self, fd: int, path: Path, *, blank: bool = False, is_device: bool = False
@@ -373,20 +390,39 @@ class _Job:
         )
 
     def _read_back(self, copy: ImageCopy, path: Path) -> None:
-        """Compare what is on disk now with the digests.
+        """Compare what is on disk now with the digests; raises as ``_reading_back``."""
+        with self._reading_back(copy, path) as check:
+            check(Extent(0, self._source.size))
+
+    @contextmanager
+    def _reading_back(self, copy: ImageCopy, path: Path) -> Generator[Callable[[Extent], None]]:
+        """Yield what compares a part of what is on disk now with the digests.
 
         Raises:
             ImageDamaged: the image that the file shares extents with is damaged.
             StoreError: the target does not hold what was written.
         """
         sample = [] if self._wish.whole else copy.sampled()
-        what = copy.everything() if self._wish.whole else sample
         total = self._source.size if self._wish.whole else sum(e.length for e in sample)
         self._told.begun("verify", total)
-        wrong = copy.check(what, self._told.advanced)
+
+        def check(where: Extent) -> None:
+            what = copy.everything() if self._wish.whole else sample
+            self._judge(copy, path, copy.check(extents.common(what, [where]), self._told.advanced))
+
+        yield check
         self._verified = total
         self._written, self._kept = copy.written, copy.kept
-        self._damaged = list(copy.damaged)
+        if not self._reflinked:
+            self._damaged = list(copy.damaged)
+        if self._damaged:
+            self._told.warned(
+                f"{path} is as damaged as {self._source.path}: {imagecopy.places(self._damaged)}"
+                " are not as they were backed up"
+            )
+
+    def _judge(self, copy: ImageCopy, path: Path, wrong: list[Extent]) -> None:
+        """Raise what it means that ``wrong`` reads back otherwise, if that was not asked for."""
         if self._reflinked and wrong:
             if not self._wish.forced:
                 raise imagecopy.damaged_at(self._source.path, wrong)
@@ -396,11 +432,6 @@ class _Job:
             raise errors.StoreError(
                 f"{path} does not hold what was written to it: {where} read back differently; the"
                 " disk below it may be failing, see dmesg"
-            )
-        if self._damaged:
-            self._told.warned(
-                f"{path} is as damaged as {self._source.path}: {imagecopy.places(self._damaged)}"
-                " are not as they were backed up"
             )
 
 

@@ -931,6 +931,31 @@ def test_a_device_half_written_is_not_taken_for_a_disk_and_is_gone_on_with(
 
 
 @needs_loop
+def test_a_device_is_gone_on_with_after_a_stop_within_its_last_mib_or_while_it_is_read_back(
+    cbtfs: Program, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(copy: ImageCopy, *arguments: object) -> list[Extent]:
+        raise errors.StoreError("stopped")
+
+    disk = blank(tmp_path / "disk", len(HOLES))
+    with disk.open("r+b") as file:
+        file.seek(len(HOLES) - 512)
+        file.write(HOLES[-512:])
+    with loop_device(disk) as device:
+        words = ["restore", "web1/latest", "--to", device]
+        with monkeypatch.context() as patched:
+            patched.setattr(ImageCopy, "check", stopped)
+            assert cbtfs(*words).status == 1
+        assert disk.read_bytes()[units.MiB :] == HOLES[units.MiB :]
+        assert not any(disk.read_bytes()[: units.MiB])
+
+        told = cbtfs.json(*words, "--verify", "full")
+
+    assert disk.read_bytes() == HOLES
+    assert (told["resumed"], told["verified_bytes"]) == (True, len(HOLES))
+
+
+@needs_loop
 def test_devices_that_will_not_do(cbtfs: Program, root: Path, tmp_path: Path) -> None:
     small = blank(tmp_path / "small", len(HOLES) - 512)
     with loop_device(small) as device:
