@@ -51,6 +51,7 @@ class Agreement:
         compared: bytes of these that were compared.
         found: what differs.
         warnings: sentences about what could not be put on record.
+        unseen: why blocks that are zeros in the image were not compared; "" if they were.
     """
 
     how: str
@@ -58,6 +59,7 @@ class Agreement:
     compared: int
     found: Disagreement
     warnings: tuple[str, ...] = ()
+    unseen: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +78,23 @@ class _Reach:
         disk: what to read.
         how: why all of that is comparable.
         changed: blocks that are not; None if there is none.
-        allocated: blocks that may hold data in the pool; None if it cannot tell.
+        allocated: blocks that may hold data in the pool; why it cannot tell, if so.
     """
 
     disk: Readable
     how: str
     changed: ChangeBitmap | None
-    allocated: ChangeBitmap | None
+    allocated: ChangeBitmap | str
+
+    @property
+    def unseen(self) -> str:
+        """Why what is zero in the image is not compared, "" if it is."""
+        return self.allocated if isinstance(self.allocated, str) else ""
 
     def comparable(self, known: DigestArray) -> Iterator[Extent]:
         """Yield what may hold data, here or there, and is as it was."""
         data: Iterable[Extent] = known.data()
-        if self.allocated is not None:
+        if not isinstance(self.allocated, str):
             data = extents.merge(merge(data, self.allocated.extents()))
         return extents.common(data, self._unchanged(known.size))
 
@@ -97,7 +104,7 @@ class _Reach:
 
     def proven(self, known: DigestArray) -> Iterator[Extent]:
         """Yield what is known to agree if nothing of ``comparable`` differs."""
-        if self.allocated is None:
+        if self.unseen:
             return self.comparable(known)
         return self._unchanged(known.size)
 
@@ -208,7 +215,7 @@ class _Comparison:
             " command again"
         ) from exc
 
-    async def _snapshot(self, there: Counterpart, known: DigestArray) -> Agreement:
+    async def _snapshot(self, there: Counterpart, known: DigestArray) -> Agreement | Missing:
         """Compare with the point's own snapshot."""
         disk = Readable(there.snapshot.ref, there.snapshot.size)
         allocated = await self._allocated(disk)
@@ -229,17 +236,19 @@ class _Comparison:
             return Missing("all of it has changed since")
         return await self._read(reach, known, there=there)
 
-    async def _allocated(self, disk: Readable) -> ChangeBitmap | None:
+    async def _allocated(self, disk: Readable) -> ChangeBitmap | str:
         try:
             return await self._pool.allocated(disk.ref, size=disk.size)
-        except errors.AllocationUnknown:
-            return None
+        except errors.AllocationUnknown as exc:
+            return str(exc)
 
     async def _read(
         self, reach: _Reach, known: DigestArray, *, there: Counterpart | None = None
-    ) -> Agreement:
+    ) -> Agreement | Missing:
         wanted, comparable = await trio.to_thread.run_sync(self._wanted, reach, known)
         compared = wanted.changed_bytes
+        if reach.unseen and known.size and not comparable:
+            return Missing(f"the image has no data to compare, and of its zeros: {reach.unseen}")
         self._told.progress.disk_started(
             self._told.key, method="compare", reason=reach.how, total=compared
         )
@@ -265,7 +274,7 @@ class _Comparison:
                 unproven=lambda recorded: _unproven(recorded, reach.proven(known), known.size),
             )
         )  # fmt: skip
-        return Agreement(reach.how, comparable, compared, found, tuple(warnings))
+        return Agreement(reach.how, comparable, compared, found, tuple(warnings), reach.unseen)
 
     def _wanted(self, reach: _Reach, known: DigestArray) -> tuple[ChangeBitmap, int]:
         """Return what to read, and the bytes that are comparable."""

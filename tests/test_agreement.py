@@ -243,6 +243,22 @@ def test_lies_of_the_change_tracking_are_found(small: Small, cbtfs: Program) -> 
     assert {10, 12, 13} <= blocks_in(told["extents"])
 
 
+def test_zeros_are_not_called_equal_if_the_pool_cannot_tell_what_holds_data(
+    small: Small, shell: Shell, cbtfs: Program
+) -> None:
+    forge(shell, 6, data=b"")
+    small.pool.set("xapi.fail", "export_raw_vdi:INTERNAL_ERROR:sick")
+
+    result = cbtfs("verify", "--against-pool")
+
+    assert result.status == 0
+    (line,) = (line for line in result.out.splitlines() if "xvda  as in the pool" in line)
+    assert "blocks left out that are zeros in the image: the pool cannot tell" in line
+    assert "xvdb  cannot be compared with the pool: the image has no data to compare" in result.out
+    small.pool.set("xapi.fail", "")
+    assert cbtfs("verify", "--against-pool").status == 4
+
+
 def test_what_a_guest_discards_is_counted_apart(small: Small, cbtfs: Program) -> None:
     guest = small.pool.open_guest("v", "xvda")
     guest.trim(BLOCK, 15 * BLOCK)

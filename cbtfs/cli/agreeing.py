@@ -193,6 +193,8 @@ def line(verdict: Verdict) -> str:
         return f"as in the pool, nothing had to be read (no data known in {verdict.how})"
     compared, comparable = map(units.format_size, (verdict.compared, verdict.comparable))
     amount = f"{compared} compared of {comparable} ({verdict.how})"
+    if verdict.unseen:
+        amount += f", blocks left out that are zeros in the image: {verdict.unseen}"
     if not verdict.found.blocks:
         return f"as in the pool, {amount}"
     return f"NOT AS IN THE POOL: {_amount(verdict.found.blocks, verdict.found.zeros)}, {amount}"
@@ -234,6 +236,7 @@ def document(verdict: Verdict | None) -> dict[str, object] | None:
         "comparable": verdict.comparable,
         "compared": verdict.compared,
         "sampled": found.sampled,
+        "unseen": verdict.unseen,
         "blocks": found.blocks,
         "zeros": found.zeros,
         "extents": [[e.start, e.stop] for e in found.extents],
