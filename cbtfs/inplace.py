@@ -208,6 +208,7 @@ class InPlace:
         self._error: errors.CbtfsError | None = None
         self._is_half = False
         self.left: list[str] = []
+        self._sent: dict[str, int] = {}
         self._done: dict[str, Restored] = {}
 
     @asynccontextmanager
@@ -365,9 +366,12 @@ class InPlace:
         return [self._done[disk.device] for disk, _, _ in images.disks]
 
     async def _differing(
-        self, disk: DiskPoint, *, key: str = ""
+        self, disk: DiskPoint, *, key: str = "", trusting: bool = True
     ) -> tuple[divergence.Suspects, ChangeBitmap]:
-        """Return what was read of a disk, and which blocks differ; told under ``key``, if any."""
+        """Return what was read of a disk, and which blocks differ; told under ``key``, if any.
+
+        Unless ``trusting``, the pool is not asked what has changed.
+        """
         history, point = self._goal.point.history, self._goal.point.point
 
         def started(found: divergence.Suspects) -> None:
@@ -380,14 +384,30 @@ class InPlace:
             self._pool,
             self._store,
             Reference(history, point, disk),
-            divergence.Live(self._inventory, vdi_of(self._inventory, disk), history),
+            divergence.Live(
+                self._inventory, vdi_of(self._inventory, disk), history if trusting else None
+            ),
             started=started,
             advanced=lambda count: self._progress.advanced(key, read=count, written=0),
         )
 
     async def _one(self, disk: DiskPoint, image: Committed) -> Restored:
+        try:
+            return await self._brought(disk, image)
+        except errors.BitmapWrong:
+            # another run would be told the same by the pool
+            self._progress.message(
+                f"{self._key(disk)}: the pool's change tracking lacks blocks that differ; now all"
+                " that may hold data is read"
+            )
+            return await self._brought(disk, image, trusting=False)
+
+    async def _brought(
+        self, disk: DiskPoint, image: Committed, *, trusting: bool = True
+    ) -> Restored:
+        """Write what differs, and read it back; see ``_differing``."""
         key, begun, vdi = self._key(disk), time.monotonic(), vdi_of(self._inventory, disk)
-        suspects, blocks = await self._differing(disk, key=key)
+        suspects, blocks = await self._differing(disk, key=key, trusting=trusting)
         source = await trio.to_thread.run_sync(
             lambda: Chunks(
                 image,
@@ -398,6 +418,7 @@ class InPlace:
         if source.data:
             self._is_half = True
             await self._pool.disks.write(vdi.ref, source)
+        sent = self._sent[key] = self._sent.get(key, 0) + source.data
         written = Written(vdi.ref, vdi.uuid, vdi.size)
         verified = await readback.compare(
             self._pool, written, image, whole=self._goal.whole, changed=blocks
@@ -405,10 +426,10 @@ class InPlace:
         seconds = time.monotonic() - begun
         told = msgspec.structs.replace(
             disk, method="restore", reason="", base="", resumed="", seconds=seconds,
-            bytes_read=suspects.blocks.changed_bytes, bytes_written=source.data,
+            bytes_read=suspects.blocks.changed_bytes, bytes_written=sent,
         )  # fmt: skip
         self._progress.disk_finished(key, told)
-        return Restored(disk, written, source.data, verified, seconds)
+        return Restored(disk, written, sent, verified, seconds)
 
     def _key(self, disk: DiskPoint) -> str:
         return f"{self._goal.point.history.name}/{disk.device}"

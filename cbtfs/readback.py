@@ -50,13 +50,14 @@ async def compare(
         The bytes compared.
 
     Raises:
+        BitmapWrong: a block differs that is not in ``changed``.
         PoolError: they differ; or the disk cannot be read.
         ExportError: as the connection says.
     """
     wanted = await trio.to_thread.run_sync(
         lambda: list(_wanted(image, disk, whole=whole, changed=changed))
     )
-    check = _Check(image, disk.uuid)
+    check = _Check(image, disk.uuid, changed)
     copier = Copier(
         lambda: pool.open_export(disk.ref),
         check,
@@ -102,10 +103,11 @@ def _some_of(blocks: ChangeBitmap, rng: Random) -> ChangeBitmap:
 class _Check:
     """Where the bytes land: nowhere; they are only compared."""
 
-    def __init__(self, image: Committed, uuid: str) -> None:
+    def __init__(self, image: Committed, uuid: str, changed: ChangeBitmap | None) -> None:
         self.compared = 0
         self._image = image
         self._uuid = uuid
+        self._changed = changed
         self._lock = Lock()
 
     def write(self, offset: int, data: memoryview) -> int:
@@ -114,11 +116,17 @@ class _Check:
         found = digests.of_blocks(data[:length])
         expected = self._image.digests_of(offset, offset + length)
         for start, stop in digests.differences(found, expected, length=length):
-            raise errors.PoolError(
-                f"VDI {self._uuid} holds something else than the restore point at bytes"
-                f" {offset + start} to {offset + stop}; run the command again, and look for what"
-                " else writes to it or for a failing SR"
-            )
+            raise self._wrong(offset + start, offset + stop)
         with self._lock:
             self.compared += length
         return 0
+
+    def _wrong(self, start: int, stop: int) -> errors.PoolError:
+        runs = self._changed.runs(start, stop) if self._changed is not None else ()
+        was_same = not all(is_changed for is_changed, _, _ in runs)
+        kind = errors.BitmapWrong if was_same else errors.PoolError
+        return kind(
+            f"VDI {self._uuid} holds something else than the restore point at bytes {start} to"
+            f" {stop}{', not known to differ' if was_same else ''}; run the command again, and look"
+            " for what else writes to it or for a failing SR"
+        )

@@ -571,6 +571,24 @@ def test_an_older_point_differs_in_what_changed_before_and_since_the_latest(
         assert content(small) == point
 
 
+def test_blocks_that_the_change_tracking_lacks_are_found_as_it_is_read_back(
+    small: Small, own: Shell
+) -> None:
+    with halted(small) as p:
+        own.json("sync", "--vm", "p")
+        point = content(small)
+        patch(p, p.disk("p 0"), blocks(1, 2, 3, 400))
+        small.pool.set("cbt.drop_bits", "2")
+
+        done = own.run("--json", "restore", "p/latest", "--in-place", "--verify", "full")
+
+        assert content(small) == point
+        assert "the pool's change tracking lacks blocks" in done.stderr
+        told = items(json.loads(done.stdout), "disks")
+        assert [disk["bytes_sent"] for disk in told] == [4 * BLOCK, 0]
+        assert blocks_on(p) == {}
+
+
 def test_an_interrupted_one_is_finished_by_another_run(small: Small, own: Shell) -> None:
     with halted(small) as p:
         own.json("sync", "--vm", "p")
