@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from cbtfs import damage, verified
+from cbtfs import damage, errors, verified
+from cbtfs.catalogue import Reference
 from cbtfs.damage import Scope
 from cbtfs.extents import Extent
 from cbtfs.folder import Folder
-from cbtfs.store import Store
+from cbtfs.store import Store, VerifyResult
 
 from .program import Program
 from .test_store import BLOCK, CONTENT, FIRST, SECOND, SIZE, VM, commit, noise, only, spoil
@@ -310,6 +311,32 @@ def test_a_point_that_is_removed_meanwhile_does_not_end_the_run(
     assert result.status == 0
     assert f"web1/{FIRST}/xvda is gone: its restore point was removed meanwhile" in result.err
     assert result.out == f"web1/{SECOND}/xvda  ok, 2.5 MiB checked\n"
+
+
+def test_a_disk_that_cannot_be_read_does_not_keep_others_from_it(
+    store: Store, root: Path, cbtfs: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(store)
+    commit(store, time=SECOND)
+    verify = Store.verify
+
+    def refused(opened: Store, reference: Reference, **rest: object) -> VerifyResult:
+        if reference.point.time == FIRST:
+            raise errors.StoreError("you may not")
+        return verify(opened, reference, **rest)  # type: ignore[arg-type]  # as they came
+
+    monkeypatch.setattr(Store, "verify", refused)
+    some = cbtfs("verify")
+    none = cbtfs("-q", "--json", "verify", f"web1/{FIRST}")
+    spoil(root / VM / SECOND / "xvda.raw", 0)
+
+    assert some.status == 3
+    assert some.out.startswith(f"web1/{SECOND}/xvda  ok")
+    assert f"web1/{FIRST}/xvda  failed: you may not" in some.err
+    assert none.status == 1
+    assert none.err == f"cbtfs: web1/{FIRST}/xvda: you may not\n"
+    assert json.loads(none.out)["points"][0]["unverified"][0]["error"] == "you may not"
+    assert cbtfs("verify").status == 4
 
 
 def test_progress_is_told_in_json(store: Store, cbtfs: Program) -> None:

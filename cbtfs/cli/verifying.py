@@ -26,6 +26,9 @@ from .context import Globals
 DAMAGED = 4
 """Exit status when damage was found, and is there still."""
 
+PARTIAL = 3
+"""Exit status when some disks could not be verified and others could."""
+
 SHOWN = 10
 """Places of a disk that are shown to people."""
 
@@ -187,6 +190,8 @@ class _Run:
         self._view: Progress = progress.SilentProgress()
         self._verdicts = Verdicts()
         self._damaged = False
+        self._verified = 0
+        self._failures: list[errors.StoreError] = []
         self._left_out = 0
 
     def run(self, points: Sequence[str]) -> None:
@@ -225,6 +230,8 @@ class _Run:
         """End with the status that fits."""
         if self._damaged:
             raise typer.Exit(DAMAGED)
+        if self._failures:
+            raise typer.Exit(PARTIAL if self._verified else self._failures[0].exit_code)
         if self._wish.against_pool:
             if is_named and self._verdicts.vain:
                 raise errors.PoolError(
@@ -247,15 +254,23 @@ class _Run:
     ) -> dict[str, object]:
         point = reference.point
         results: list[Checked] = []
+        unverified: list[dict[str, object]] = []
         for disk in disks:
             key = f"{name}/{disk.device}"
             try:
                 result = self._disk(key, Reference(reference.history, point, disk))
-            except errors.StoreError:
-                if self._store.point_path(point.vm_uuid, point.time).exists():
-                    raise
-                contexts.warn(f"{key} is gone: its restore point was removed meanwhile")
+            except errors.StoreError as exc:
+                if not self._store.point_path(point.vm_uuid, point.time).exists():
+                    contexts.warn(f"{key} is gone: its restore point was removed meanwhile")
+                    continue
+                self._failures.append(exc)
+                self._damaged = self._damaged or isinstance(exc, errors.ImageDamaged)
+                unverified.append({"device": disk.device, "error": str(exc)})
+                self._view.disk_finished(key, None, str(exc))
+                if self._kind == "silent":
+                    output.note(f"{key}: {exc}")
                 continue
+            self._verified += 1
             results.append(result)
             self._damaged = self._damaged or result.damaged
             self._show(key, result)
@@ -266,6 +281,7 @@ class _Run:
             "vm_uuid": point.vm_uuid,
             "time": point.time,
             "disks": [_disk_document(result) for result in results],
+            "unverified": unverified,
             "failures": [msgspec.to_builtins(failure) for failure in point.failures],
         }
 
@@ -309,7 +325,11 @@ class _Run:
                 contexts.warn(f"{key} is not repaired: {exc}")
             else:
                 return Checked(disk, found, repair=done, repaired=True, on_record=is_in_doubt)
-        able = repairs.possible(self._store, reference, found)
+        able = Repair()
+        try:
+            able = repairs.possible(self._store, reference, found)
+        except errors.StoreError as exc:
+            contexts.warn(f"what can be repaired of {key} is not known: {exc}")
         return Checked(disk, found, repair=able, on_record=is_in_doubt)
 
     def _is_record_unreadable(self, reference: Reference) -> bool:
@@ -497,6 +517,7 @@ def _unlisted_document(name: str, point: Unlisted) -> dict[str, object]:
         "time": point.time,
         "problem": point.why,
         "disks": [],
+        "unverified": [],
         "failures": [],
     }
 
