@@ -294,11 +294,15 @@ class InPlace:
     async def _give_up(self, vm: VM, safety: Safety, block: Block) -> None:
         """Let the VM start again if it is as it was; say what else there is to do."""
         if not self._is_half:
+            why = "the pool did not answer in time"
             with trio.move_on_after(_PATIENCE, shield=True):
                 try:
                     await self._pool.vms.unblock(vm.ref, is_dead=lambda found: found == block)
                 except errors.CbtfsError as exc:
-                    self.left.append(f"{vm.name} stays blocked until cbtfs clean --unblock: {exc}")
+                    why = str(exc)
+                else:
+                    return
+            self.left.append(f"{vm.name} stays blocked until cbtfs clean --unblock: {why}")
             return
         self.left.append(
             f"{vm.name} is half restored and cannot be started: run the command again to finish it,"

@@ -97,6 +97,7 @@ async def _destroyed(vms: VMs, run: str, ref: str, new: NewDisks) -> None:
             logger.warning("the VM is made all the same, %s: do not make another", finished)
         return
     new.leave()
+    logger.warning("an unfinished VM, %r, stays until cbtfs clean: the pool is silent", run)
 
 
 async def _with_disks(

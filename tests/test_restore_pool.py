@@ -12,12 +12,21 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import trio
 
-from cbtfs import damage, owner, readback, units
+from cbtfs import damage, inplace, owner, readback, units
 from cbtfs.extents import Extent
 from cbtfs.folder import Folder
+from cbtfs.inplace import InPlace, Safety
+from cbtfs.inventory import VM, Inventory
+from cbtfs.newdisks import Goal
+from cbtfs.pool import Pool
+from cbtfs.progress import SilentProgress
+from cbtfs.store import Store
 
 from . import bigdisks
 from .commands import Shell, items, leftovers
@@ -831,11 +840,12 @@ def test_without_its_snapshot_there_is_no_way_back_and_none_is_promised(
         (uuid,) = safety_snapshots(small)
         p.api.call("VM.destroy", p.api.text("VM.get_by_uuid", uuid))
 
-        done = own.run("restore", "p/latest", "--in-place")
+        done = own.run("--json", "restore", "p/latest", "--in-place")
 
         assert content(small) == point
         assert "snapshot-revert" not in done.stdout + done.stderr
-        assert "was removed" in done.stdout
+        assert "was removed" in done.stderr
+        assert json.loads(done.stdout)["safety_snapshot"] is None
         assert blocks_on(p) == {}
 
 
@@ -856,3 +866,22 @@ def test_a_failure_at_the_very_end_says_that_all_is_written(
         assert "all is written, but p cannot be started yet" in done.stderr
         own.run("clean", "--unblock")
         assert blocks_on(p) == {}
+
+
+def test_a_vm_that_stays_blocked_as_the_pool_is_silent_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def silent(*arguments: object, **more: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(inplace, "_PATIENCE", 0.01)
+    pool = cast(Pool, SimpleNamespace(vms=SimpleNamespace(unblock=silent)))
+    nothing = (cast(Store, None), cast(Goal, None), cast(Inventory, None))
+    run = InPlace(pool, *nothing, SilentProgress())
+    vm = cast(VM, SimpleNamespace(ref="OpaqueRef:v", name="v"))
+
+    trio.run(run._give_up, vm, Safety("", ""), owner.Block(self_uuid="v", role=owner.RESTORING))
+
+    assert run.left == [
+        "v stays blocked until cbtfs clean --unblock: the pool did not answer in time"
+    ]

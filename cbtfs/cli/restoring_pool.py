@@ -269,7 +269,8 @@ def in_place(options: Globals, wish: Wish) -> None:
     disks, safety = done
     if options.json:
         told = [_document(disk) for disk in disks]
-        output.document({"vm": None, "disks": told, "safety_snapshot": safety.uuid})
+        way_back = None if safety.is_lost else safety.uuid
+        output.document({"vm": None, "disks": told, "safety_snapshot": way_back})
         return
     for disk in disks:
         output.line(output.safe(_line(goal, disk)))
