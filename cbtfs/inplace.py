@@ -33,7 +33,7 @@ from .bitmap import ChangeBitmap
 from .catalogue import DiskPoint, Reference
 from .chunks import Chunks
 from .committed import Committed
-from .inventory import VDI, VM, Inventory
+from .inventory import VBD, VDI, VM, Inventory
 from .newdisks import DISKS_AT_ONCE, Goal, Images, Restored
 from .owner import RESTORING, SAFETY, UNFINISHED, Block, Owned
 from .pool import Pool
@@ -81,16 +81,19 @@ async def found(pool: Pool, goal: Goal) -> tuple[Inventory, VM]:
         PoolBusy: another run is at work on the VM.
         PoolError: it is not halted, or a disk is not as large as it was, or attached elsewhere.
     """
+    vbds: list[VBD] = []
     for pause in (*IN_USE_PAUSES, None):
         inventory = await pool.inventory()
         vm = vm_of(inventory, goal)
-        if not any(_domain_with(inventory, vdi_of(inventory, disk)) for disk in goal.disks):
+        vbds = [v for d in goal.disks for v in _vbds_of_domains(inventory, vdi_of(inventory, d))]
+        if not vbds:
             return inventory, vm
         if pause is not None:
             await trio.sleep(pause)
     raise errors.PoolError(
         f"a control domain has disks of {goal.label} attached: somebody reads or writes them; wait"
-        " for that to end, and run the command again"
+        " for that to end, or if nobody does, detach them yourself, and run the command again: "
+        + " and ".join(f"xe vbd-unplug uuid={vbd.uuid}" for vbd in vbds)
     )
 
 
@@ -171,16 +174,21 @@ def _check_users(inventory: Inventory, vm: VM, vdi: VDI) -> None:
             )
 
 
-def _domain_with(inventory: Inventory, vdi: VDI) -> VM | None:
-    """Return a control domain that has a disk, None if none does."""
-    return next((vm for vm in _users(inventory, vdi) if vm.is_control_domain), None)
+def _vbds_of_domains(inventory: Inventory, vdi: VDI) -> list[VBD]:
+    """Return by what control domains have a disk."""
+    domains = {ref for ref, vm in inventory.vms.items() if vm.is_control_domain}
+    return [vbd for vbd in _attached(inventory, vdi) if vbd.vm_ref in domains]
 
 
 def _users(inventory: Inventory, vdi: VDI) -> list[VM]:
     """Return the VMs to which a disk is attached now."""
-    vbds = [vbd for vbd in map(inventory.vbds.get, vdi.vbd_refs) if vbd is not None]
-    owners = [inventory.vms.get(vbd.vm_ref) for vbd in vbds if vbd.currently_attached]
+    owners = [inventory.vms.get(vbd.vm_ref) for vbd in _attached(inventory, vdi)]
     return [vm for vm in owners if vm is not None]
+
+
+def _attached(inventory: Inventory, vdi: VDI) -> list[VBD]:
+    found = [vbd for vbd in map(inventory.vbds.get, vdi.vbd_refs) if vbd is not None]
+    return [vbd for vbd in found if vbd.currently_attached]
 
 
 class InPlace:

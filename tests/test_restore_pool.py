@@ -30,6 +30,7 @@ from cbtfs.store import Store
 
 from . import bigdisks
 from .commands import Shell, items, leftovers
+from .program import Program, untouched_process
 from .simulated import Failure
 from .smallvm import Small, running_small
 
@@ -233,7 +234,6 @@ def test_what_is_not_in_the_point_is_told(small: Small, shell: Shell) -> None:
         partial = shell.run("restore", "v/latest", "--to-sr", "Shared NFS", "-n").stderr
         path.write_text(json.dumps({**record, "disks": []}))
         without = shell.run("restore", "v/latest", "--to-sr", "Shared NFS", status=10).stderr
-        shell.run("restore", "v/latest", "--in-place", status=10)
     finally:
         path.write_bytes(original)
 
@@ -490,6 +490,16 @@ def own(small: Small, tmp_path: Path) -> Shell:
     return Shell(small.pool, tmp_path / "store")
 
 
+@pytest.fixture
+def cbtfs(
+    capsys: pytest.CaptureFixture[str], own: Shell, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Program]:
+    """The command in this process, for that store."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(own.store.parent / "state"))
+    with untouched_process():
+        yield Program(capsys, *own.command()[3:])
+
+
 @contextlib.contextmanager
 def halted(small: Small, sr: str = "Shared NFS") -> Iterator[Small]:
     """Make the halted VM ``p`` with a disk of 32 MiB and one of 2 MiB."""
@@ -581,19 +591,20 @@ def test_an_older_point_differs_in_what_changed_before_and_since_the_latest(
 
 
 def test_blocks_that_the_change_tracking_lacks_are_found_as_it_is_read_back(
-    small: Small, own: Shell
+    small: Small, cbtfs: Program
 ) -> None:
     with halted(small) as p:
-        own.json("sync", "--vm", "p")
+        cbtfs.json("sync", "--vm", "p")
         point = content(small)
         patch(p, p.disk("p 0"), blocks(1, 2, 3, 400))
         small.pool.set("cbt.drop_bits", "2")
 
-        done = own.run("--json", "restore", "p/latest", "--in-place", "--verify", "full")
+        done = cbtfs("--json", "restore", "p/latest", "--in-place", "--verify", "full")
 
+        assert done.status == 0
         assert content(small) == point
-        assert "the pool's change tracking lacks blocks" in done.stderr
-        told = items(json.loads(done.stdout), "disks")
+        assert "the pool's change tracking lacks blocks" in done.err
+        told = items(done.document(), "disks")
         assert [disk["bytes_sent"] for disk in told] == [4 * BLOCK, 0]
         assert blocks_on(p) == {}
 
@@ -885,3 +896,24 @@ def test_a_vm_that_stays_blocked_as_the_pool_is_silent_is_told(
     assert run.left == [
         "v stays blocked until cbtfs clean --unblock: the pool did not answer in time"
     ]
+
+
+def test_what_a_control_domain_has_attached_for_ever_is_named(
+    small: Small, cbtfs: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with halted(small):
+        cbtfs.json("sync", "--vm", "p")
+        small.pool.set("nbd.leak", "on")
+        cbtfs.json("verify", "--against-pool")  # and the host keeps the disk
+        small.pool.set("nbd.leak", "")
+        uuids = [small.api.text("VBD.get_uuid", v) for v in leftovers(small.pool).dom0_vbds]
+        monkeypatch.setattr(inplace, "IN_USE_PAUSES", ())
+
+        result = cbtfs("restore", "p/latest", "--in-place")
+
+        for vbd in leftovers(small.pool).dom0_vbds:
+            small.api.call("VBD.unplug", vbd)
+            small.api.call("VBD.destroy", vbd)
+        assert result.status == 1
+        assert uuids
+        assert all(f"xe vbd-unplug uuid={uuid}" in result.err for uuid in uuids)
