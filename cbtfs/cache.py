@@ -26,10 +26,10 @@
 
 import mmap
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import trio
 
@@ -75,6 +75,10 @@ class Reader(Protocol):
         """Wait until it can be read, which may take long: nobody must hold a buffer meanwhile."""
         ...
 
+    async def recovers(self, error: Exception, *, failures: int) -> bool:
+        """Tell, perhaps after a pause, whether a read that failed so often may be tried again."""
+        ...
+
 
 class Reading(Protocol):
     """A reader that can be read now."""
@@ -87,6 +91,8 @@ class Reading(Protocol):
 _AT_ONCE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
 """Memory given out at once. Page after page as it is written to, and shared, which is what mmap
 does by default, it took a fifth of the time of a long read."""
+
+_T = TypeVar("_T")
 
 _Key = tuple[str, int, int]
 """Name of the contents, size of the chunk, and its number."""
@@ -280,30 +286,38 @@ class Cache:
         self, reader: Reader, key: _Key, fetch: _Fetch, room: trio.Semaphore
     ) -> memoryview:
         _, size, index = key
-        buffer = memoryview(b"")
+        length = min(size, reader.size - index * size)
         try:
-            async with reader.reading() as reading:
-                await _take(room)
-                try:
-                    buffer = self._buffer(size)
-                    data = buffer[: min(size, reader.size - index * size)]
-                    await reading.read_into(data, index * size)
-                finally:
-                    room.release()
+            buffer = await _until_read(reader, lambda: self._filled(reader, key, length, room))
         except BaseException as error:
             if isinstance(error, Exception):
                 fetch.error = error
-            if buffer:
-                self._lent -= size
-                self._give(buffer)
             self._was_read(key)
             raise
         finally:
             del self._fetches[key]
             fetch.done.set()
-        chunk = _Chunk(data.toreadonly(), buffer, fetch)
+        chunk = _Chunk(buffer[:length].toreadonly(), buffer, fetch)
         self._keep(key, chunk)
         return chunk.data
+
+    async def _filled(
+        self, reader: Reader, key: _Key, length: int, room: trio.Semaphore
+    ) -> memoryview:
+        """Return a buffer with the first ``length`` bytes of a chunk; after a failure without."""
+        _, size, index = key
+        async with reader.reading() as reading:
+            await _take(room)
+            buffer = self._buffer(size)
+            try:
+                await reading.read_into(buffer[:length], index * size)
+            except BaseException:
+                self._lent -= size
+                self._give(buffer)
+                raise
+            finally:
+                room.release()
+        return buffer
 
     # ── fetching ahead ───────────────────────────────────────────────────────────────────────────
 
@@ -375,10 +389,14 @@ class Cache:
 
     async def _through(self, reader: Reader, wanted: Extent) -> bytearray:
         """Return bytes that nobody else shall have."""
-        async with reader.reading() as reading, self._room:
-            whole = bytearray(wanted.length)
-            await reading.read_into(whole, wanted.start)
-            return whole
+
+        async def read() -> bytearray:
+            async with reader.reading() as reading, self._room:
+                whole = bytearray(wanted.length)
+                await reading.read_into(whole, wanted.start)
+                return whole
+
+        return await _until_read(reader, read)
 
     # ── memory ───────────────────────────────────────────────────────────────────────────────────
 
@@ -424,6 +442,21 @@ async def open_cache(*, limit: int = LIMIT) -> AsyncGenerator[Cache]:
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+async def _until_read(reader: Reader, read: Callable[[], Awaitable[_T]]) -> _T:
+    """Return what ``read`` does, which is called again as long as its reader recovers.
+
+    A place is never held meanwhile: those who have what it takes to read would wait for that.
+    """
+    failures = 0
+    while True:
+        try:
+            return await read()
+        except Exception as error:
+            failures += 1
+            if not await reader.recovers(error, failures=failures):
+                raise
 
 
 async def _take(room: trio.Semaphore) -> None:

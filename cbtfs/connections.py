@@ -170,11 +170,17 @@ class Use:
         self._done = 0
 
     async def __aenter__(self) -> "Use":
-        """Wait for a connection, made if there is none.
+        """Wait for a connection, made if there is none; why it cannot be made, a read tells.
 
         If cancelled while it is being made, it is made all the same, for the next.
         """
-        self._connection = await self._connections.enter(self._ref)
+        connection = self._connection = await self._connections.enter(self._ref)
+        try:
+            if not connection.ready.is_set():
+                await connection.ready.wait()
+        except BaseException:
+            self._connections.left(connection, 0)
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

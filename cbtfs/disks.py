@@ -139,6 +139,14 @@ class Source:
         """Return a read of it, to be entered: the first one prepares what it takes."""
         return Reading(self.disks, self)
 
+    async def recovers(self, error: Exception, *, failures: int) -> bool:
+        """Tell, after a pause, whether a read that failed so often may be tried again."""
+        if not isinstance(error, errors.ExportLost) or failures >= TRIES:
+            return False
+        log.info("reading %s anew: %s", self.vdi.uuid, error)
+        await trio.sleep(failures)  # xapi needs a moment to clean up after a lost one
+        return True
+
     async def wait_gone(self) -> None:
         """Wait until everything it held is given back."""
         if self.instant is not None:
@@ -173,22 +181,13 @@ class Reading:
             await self._use.__aexit__(*error)
 
     async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
-        """Fill ``buffer`` with the bytes at ``offset``, if need be over several connections.
+        """Fill ``buffer`` with the bytes at ``offset``.
 
         Raises:
-            CbtfsError: the disk could not be read.
+            CbtfsError: the disk could not be read; ``Source.recovers`` tells what to do then.
         """
-        use = cast(Use, self._use)
         self._source.note_read(len(buffer))
-        for wait in range(TRIES - 1):
-            try:
-                await use.read_into(buffer, offset)
-            except errors.ExportLost as error:
-                log.info("reading %s anew: %s", self._source.vdi.uuid, error)
-                await trio.sleep(1 + wait)  # xapi needs a moment to clean up after a lost one
-            else:
-                return
-        await use.read_into(buffer, offset)
+        await cast(Use, self._use).read_into(buffer, offset)
 
 
 class Disks:
@@ -350,15 +349,21 @@ class Disks:
         """Find out what there is to be read of ``source``, once it is read at length."""
         instant.allocated = self._holes.known(instant.ref)
         await instant.long.wait()
-        try:
-            instant.allocated = await self._holes.learn(
-                instant.ref,
-                size=source.vdi.size,
-                name=f"VDI {source.vdi.uuid}",
-                reading=source.reading(),
-            )
-        except errors.CbtfsError as error:  # those who read are told by their own reads
-            log.info("the holes of VDI %s stay unknown: %s", source.vdi.uuid, error)
+        failures = 0
+        while True:
+            try:
+                instant.allocated = await self._holes.learn(
+                    instant.ref,
+                    size=source.vdi.size,
+                    name=f"VDI {source.vdi.uuid}",
+                    reading=source.reading(),
+                )
+                return
+            except errors.CbtfsError as error:  # those who read are told by their own reads
+                failures += 1
+                if not await source.recovers(error, failures=failures):
+                    log.info("the holes of VDI %s stay unknown: %s", source.vdi.uuid, error)
+                    return
 
     async def _take(self, vdi: VDI) -> str:
         """Return the reference of an immutable VDI with the contents of ``vdi``."""

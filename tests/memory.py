@@ -53,7 +53,7 @@ class MemoryExport:
 
     async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
         self.pool.asked.set()
-        await self.pool.server.wait()
+        await self.pool.before_read(self.ref)
         self.pool.reads[self.ref] += 1
         if self.pool.lost:
             raise errors.ExportLost(self.pool.lost.pop())
@@ -94,6 +94,9 @@ class MemoryPool:
 
     def go(self) -> None:
         self.server.set()
+
+    async def before_read(self, ref: str) -> None:
+        await self.server.wait()
 
     @asynccontextmanager
     async def open_export(self, vdi_ref: str) -> AsyncGenerator[MemoryExport, None]:

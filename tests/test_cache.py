@@ -36,6 +36,9 @@ class SlowReader:
     def size(self) -> int:
         return len(self.data)
 
+    async def recovers(self, error: Exception, *, failures: int) -> bool:
+        return False
+
     @asynccontextmanager
     async def reading(self) -> AsyncGenerator["SlowReader"]:
         yield self

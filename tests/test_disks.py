@@ -3,15 +3,17 @@
 import os
 import socket
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import trio
 import trio.testing
 
-from cbtfs import connections, disks as disks_module, errors, process
+from cbtfs import cache as cache_module, connections, disks as disks_module, errors, process, units
+from cbtfs.cache import open_cache
 from cbtfs.disks import DiskOptions, Disks, Source, open_disks
 from cbtfs.inventory import VDI, Owned
+from cbtfs.readahead import Streams
 from tests import memory
 from tests.memory import MemoryPool
 
@@ -32,10 +34,8 @@ async def disks(pool: MemoryPool) -> AsyncIterator[Disks]:
 
 
 async def first_bytes(source: Source) -> bytes:
-    buffer = bytearray(8)
-    async with source.reading() as reading:
-        await reading.read_into(buffer, 0)
-    return bytes(buffer)
+    async with open_cache() as cache:
+        return bytes(await cache.read(source, offset=0, length=8))
 
 
 def guest_writes(pool: MemoryPool, text: bytes) -> None:
@@ -202,6 +202,44 @@ async def test_a_connection_that_is_lost_each_time_fails(
 
     with pytest.raises(errors.ExportLost):
         await first_bytes(disks.open(SNAPSHOT, size=SNAPSHOT.size))
+
+
+@dataclass
+class SilentPool(MemoryPool):
+    """A pool one disk of which does not answer, and loses its connection when ``silence`` ends."""
+
+    silent: str = ""
+    silence: trio.Event = field(default_factory=trio.Event)
+
+    async def before_read(self, ref: str) -> None:
+        if ref == self.silent and not self.silence.is_set():
+            await self.silence.wait()
+            raise errors.ExportLost("the host is gone")
+
+
+async def test_who_waits_for_a_connection_keeps_nobody_from_using_one(
+    nursery: trio.Nursery, autojump_clock: trio.abc.Clock
+) -> None:
+    one, two = memory.a_disk(1, of=9), memory.a_disk(2, of=9)
+    pool = SilentPool(memory.a_pool(one, two).contents)
+    chunk = 16 * units.KiB
+    chunks = cache_module.Cache(nursery, limit=96 * chunk, chunk=chunk, grain=chunk)
+
+    async def read_through(vdi: VDI) -> None:
+        source, streams = disks.open(vdi, size=vdi.size), Streams(vdi.size)
+        for at in range(0, vdi.size, chunk):
+            data = await chunks.read(source, offset=at, length=chunk, streams=streams)
+            assert data == pool.contents[vdi.ref][at : at + chunk]
+
+    async with open_disks(pool, options=DiskOptions(connections=1)) as disks:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as readers:
+                pool.silent = one.ref
+                readers.start_soon(read_through, one)
+                await trio.sleep(1)
+                readers.start_soon(read_through, two)
+                await trio.sleep(connections.TURN + 1)
+                pool.silence.set()
 
 
 async def test_a_refused_snapshot_fails_the_read_and_the_next_read_tries_again(
