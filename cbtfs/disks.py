@@ -359,7 +359,7 @@ class Disks:
                     reading=source.reading(),
                 )
                 return
-            except errors.CbtfsError as error:  # those who read are told by their own reads
+            except Exception as error:  # whatever it is, those who read are told by their own reads
                 failures += 1
                 if not await source.recovers(error, failures=failures):
                     log.info("the holes of VDI %s stay unknown: %s", source.vdi.uuid, error)

@@ -1,9 +1,11 @@
 """Tests of cbtfs.disks: one instant for all open files, snapshots that never outlive their use."""
 
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import pytest
 import trio
@@ -240,6 +242,27 @@ async def test_who_waits_for_a_connection_keeps_nobody_from_using_one(
                 readers.start_soon(read_through, two)
                 await trio.sleep(connections.TURN + 1)
                 pool.silence.set()
+
+
+async def test_a_failure_while_holes_are_learned_does_not_change_the_instant(
+    pool: MemoryPool, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.abc.Clock
+) -> None:
+    monkeypatch.setattr(disks_module, "WORTH", 8)
+    monkeypatch.setattr(disks_module, "REST", 8)
+
+    async def fail(vdi_ref: str, *, size: int) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(pool, "allocated", fail)
+    async with open_disks(pool) as disks:
+        source = disks.open(LIVE, size=LIVE.size)
+        guest_writes(pool, b"at first")
+        assert await first_bytes(source) == b"at first"
+        await trio.sleep(1)
+        guest_writes(pool, b"later on")
+
+        assert await first_bytes(source) == b"at first"
+    assert pool.snapshots == {}
 
 
 async def test_a_refused_snapshot_fails_the_read_and_the_next_read_tries_again(
