@@ -228,12 +228,12 @@ async def test_who_waits_for_a_connection_keeps_nobody_from_using_one(
     chunks = cache_module.Cache(nursery, limit=96 * chunk, chunk=chunk, grain=chunk)
 
     async def read_through(vdi: VDI) -> None:
-        source, streams = disks.open(vdi, size=vdi.size), Streams(vdi.size)
+        source, streams = opened.open(vdi, size=vdi.size), Streams(vdi.size)
         for at in range(0, vdi.size, chunk):
             data = await chunks.read(source, offset=at, length=chunk, streams=streams)
             assert data == pool.contents[vdi.ref][at : at + chunk]
 
-    async with open_disks(pool, options=DiskOptions(connections=1)) as disks:
+    async with open_disks(pool, options=DiskOptions(connections=1)) as opened:
         with trio.fail_after(60):
             async with trio.open_nursery() as readers:
                 pool.silent = one.ref
