@@ -1,6 +1,6 @@
 """Conversion: one record of xapi's becomes one of ours, on its own.
 
-A null reference becomes "", a time that is none ``EPOCH``, a negative size 0, and a device name is
+A null reference becomes "", a time that is none ``EPOCH``, a size has 63 bits, and a device name is
 safe as a file name. Uuids are not checked here: whether one is the only one of its kind takes all
 records, see ``inventory``.
 """
@@ -11,6 +11,9 @@ from datetime import UTC, datetime
 
 from . import rawrecords
 from .records import EPOCH, PIF, SR, VBD, VDI, VM, Host, Network, Pool
+
+_LARGEST = (1 << 63) - 1
+"""Bytes of a file at most (linux, loff_t)."""
 
 _DEVICE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
@@ -78,8 +81,8 @@ def sr(
         shared=raw.shared,
         content_type=raw.content_type,
         allowed_operations=raw.allowed_operations,
-        physical_size=max(0, raw.physical_size),
-        physical_utilisation=max(0, raw.physical_utilisation),
+        physical_size=_size(raw.physical_size),
+        physical_utilisation=_size(raw.physical_utilisation),
         host_refs=attached.get(ref, ()),
         cbt_capable=raw.type in tracking,
     )
@@ -129,8 +132,8 @@ def vdi(ref: str, raw: rawrecords.VDIRecord) -> VDI:
         name=raw.name_label,
         description=raw.name_description,
         sr_ref=_reference(raw.SR),
-        size=max(0, raw.virtual_size),
-        used=max(0, raw.physical_utilisation),
+        size=_size(raw.virtual_size),
+        used=_size(raw.physical_utilisation),
         type=raw.type,
         managed=raw.managed,
         missing=raw.missing,
@@ -169,6 +172,11 @@ def pif(ref: str, raw: rawrecords.PIFRecord) -> PIF:
 
 def _reference(ref: str) -> str:
     return "" if ref == "OpaqueRef:NULL" else ref
+
+
+def _size(size: int) -> int:
+    """Return a size that a file can have: one out of that range would hide its whole folder."""
+    return min(max(0, size), _LARGEST)
 
 
 def _time(text: str) -> datetime:

@@ -8,7 +8,8 @@ and nothing of the maps travels further in. The pool's word is hostile input:
    (VM.revert re-points it; Xen Orchestra met live VDIs that had it).
 3. Names hold anything but lone surrogates, which become ``_``. Uuids and device names are safe as
    file names, because a record with another uuid is left out and told in ``Inventory.problems``.
-4. A null reference is "", an unset time is ``EPOCH``, a negative size is 0.
+4. A null reference is "", an unset time is ``EPOCH``, a negative size is 0, and one of more than 63
+   bits the largest that a file can have.
 
 Sizes are in bytes.
 """

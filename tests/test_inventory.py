@@ -182,6 +182,12 @@ def test_negative_sizes_are_none() -> None:
     assert (found.srs["s"].physical_size, found.srs["s"].physical_utilisation) == (0, 0)
 
 
+def test_no_size_is_more_than_a_file_can_have() -> None:
+    found = parse(VDI={"d": {"virtual_size": 1 << 70, "physical_utilisation": 1 << 80}})
+
+    assert (found.vdis["d"].size, found.vdis["d"].used) == ((1 << 63) - 1, (1 << 63) - 1)
+
+
 @pytest.mark.parametrize(
     ("text", "when"),
     [
