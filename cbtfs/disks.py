@@ -222,10 +222,11 @@ class Disks:
         """Whether ``vdi`` may be opened at all."""
         return vdi.is_a_snapshot or self._options.live
 
-    def temporary(self, vdis: Iterable[VDI]) -> frozenset[str]:
+    def temporary(self, vdis: Iterable[VDI], *, known: Collection[str]) -> frozenset[str]:
         """Return the references of those of ``vdis`` that are, or may be, temporary snapshots.
 
-        The pool tells of a snapshot before we can tag it, and before we know which one it is.
+        The pool tells of a snapshot before we can tag it, and before we know which one it is. It is
+        none of those that are ``known`` for something else.
         """
         if not self._taking and not self._temporary:
             return frozenset()
@@ -233,7 +234,10 @@ class Disks:
             vdi.ref
             for vdi in vdis
             if vdi.is_a_snapshot
-            and (vdi.ref in self._temporary or (self._taking[vdi.snapshot_of] and not vdi.vbd_refs))
+            and (
+                vdi.ref in self._temporary
+                or (self._taking[vdi.snapshot_of] and not vdi.vbd_refs and vdi.ref not in known)
+            )
         )
 
     def open(self, vdi: VDI, *, size: int) -> Source:

@@ -153,6 +153,7 @@ class Filesystem(pyfuse3.Operations):
         self._cache = cache
         self._timeout = timeout
         self._maker = maker
+        self._hidden: frozenset[str] = frozenset()  # VDIs of the inventory
         self._switched = trio.Event()
         self._resized: set[int] = set()
         self._owner = (os.getuid(), os.getgid())
@@ -174,7 +175,9 @@ class Filesystem(pyfuse3.Operations):
 
     def temporary(self, inventory: Inventory) -> frozenset[str]:
         """Return the references of snapshots that are only there because somebody reads a disk."""
-        return self._disks.temporary(inventory.vdis.values())
+        known = self._inventory.vdis.keys() - self._hidden
+        self._hidden = self._disks.temporary(inventory.vdis.values(), known=known)
+        return self._hidden
 
     def switch(self, tree: Tree, inventory: Inventory) -> None:
         """Show another tree from now on; ``invalidate`` then makes the kernel forget the other."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyfuse3
 import pytest
 import trio
+import trio.testing
 
 from cbtfs import errors, mountpoint, patience, tree, units
 from cbtfs.cache import open_cache
@@ -430,6 +431,33 @@ async def test_what_the_tree_does_not_have_is_stale(pool: MemoryPool) -> None:
     assert system.name_of("getattr", 999) == "inode 999"
     assert system.name_of("read", 999) == "handle 999"
     assert system.name_of("statfs", pyfuse3.RequestContext()) == "/"
+
+
+async def test_only_what_is_new_while_a_disk_is_snapshot_may_be_temporary(
+    pool: MemoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = tree.build(INVENTORY, backups=None, store_path="", now=memory.SNAPSHOT_TIME)
+    new = memory.a_disk(3, of=1)
+    later = memory.an_inventory(LIVE, SNAPSHOT, new)
+    taken = trio.Event()
+
+    async def take(*_: object, **__: object) -> str:
+        await taken.wait()
+        return new.ref
+
+    monkeypatch.setattr(pool, "snapshot_vdi", take)
+    async with open_disks(pool) as opened, open_cache() as kept:
+        system = Filesystem(names, inventory=INVENTORY, disks=opened, cache=kept)
+        async with trio.open_nursery() as readers:
+            readers.start_soon(opened.use, opened.open(LIVE, size=LIVE.size))
+            await trio.testing.wait_all_tasks_blocked()
+            found: list[frozenset[str]] = []
+            for _ in range(2):
+                found.append(system.temporary(later))
+                system.switch(names, later)
+            taken.set()
+
+    assert found == [{new.ref}] * 2
 
 
 def test_a_failure_is_told_again_after_a_new_open(caplog: pytest.LogCaptureFixture) -> None:
