@@ -46,8 +46,12 @@ FRUITLESS = 3
 """Runs in a row that may fail without getting any further before a draft is given up: what cannot
 be read today may be read tomorrow, but perhaps it is the snapshot that is broken."""
 
-_TOO_LARGE = 1 << 63
-"""Bytes that no file can have."""
+_TOO_LARGE = (1 << 63) - 1
+"""Bytes that no disk has: what xapi says is more than a file can have is read as this."""
+
+_THICK = frozenset({"lvm", "lvmoiscsi", "lvmohba", "lvmofcoe"})
+"""Types of SR where a disk takes its whole size however much data it holds (sm, LVMSR.py,
+``utilisation``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +230,15 @@ class Draft:
     def _room(self, inventory: Inventory, plan: VMPlan) -> AbstractAsyncContextManager[None]:
         """Hold the room in the store that the full copies need, and clones that share nothing.
 
+        What a disk of a thick SR needs is not known: it is not refused for a guess.
+
         Raises:
             StoreFull: it is not there.
         """
         run = self._run
         found = [inventory.find_vdi(d.vdi_uuid) for d in plan.disks if d.method == "full"]
-        needed = sum(min(vdi.used, vdi.size) for vdi in found if vdi is not None)
+        known = (vdi for vdi in found if vdi is not None and _sr_type(inventory, vdi) not in _THICK)
+        needed = sum(min(vdi.used, vdi.size) for vdi in known)
         bases = (d.base for d in plan.disks if d.base is not None)
         needed += run.store.clone_size(run.key, ((base.time, base.disk) for base in bases))
         text = f"{run.label}: waiting: what others need may leave too little in {run.store.path}"
@@ -357,6 +364,11 @@ def _newcomers(plan: VMPlan, snapshot: Snapshot) -> list[DiskFailure]:
         for disk in (snapshot.inventory.disks_of(vm) if vm else ())
         if disk.device not in planned and disk.vdi.ref in snapshot_of
     ]
+
+
+def _sr_type(inventory: Inventory, vdi: VDI) -> str:
+    sr = inventory.srs.get(vdi.sr_ref)
+    return sr.type if sr is not None else ""
 
 
 def _vdi_of(snapshot: Snapshot, disk: DiskPlan) -> VDI:

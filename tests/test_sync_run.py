@@ -20,7 +20,7 @@ from cbtfs.store import Stage, Store
 from cbtfs.sync import Outcome, SyncOptions, Target
 
 from .pools import opened
-from .smallvm import Small, running_small
+from .smallvm import SIZE, Small, running_small
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -219,6 +219,20 @@ async def test_without_reflinks_there_must_be_room_for_a_copy_of_the_base(
     assert "v needs about 1" in str(refused.error)
     assert methods(told) == ALL_INCREMENTAL
     assert small.snapshots() == []
+
+
+async def test_a_disk_of_a_thick_sr_is_not_refused_for_its_size(
+    small: Small, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    srs = small.api.records("SR")
+    local = next(ref for ref, sr in srs.items() if sr["name_label"] == "iSCSI half attached")
+    vdi = small.add_disk("v 3", 3, size=SIZE, sr=local)
+    assert int(str(small.api.records("VDI")[vdi]["physical_utilisation"])) == SIZE
+    monkeypatch.setattr(store, "free_space", lambda: SIZE - 1)
+    async with opened(small.pool) as pool:
+        told = await sync(pool, store)
+
+    assert methods(told)["xvdd"] == "full"
 
 
 async def test_a_disk_that_cannot_be_tracked_is_copied_all_the_same(

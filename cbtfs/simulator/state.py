@@ -29,22 +29,25 @@ class Plugin:
         disks: makes, resizes, snapshots and destroys VDIs; False for libraries and devices.
         shared: reachable from several hosts.
         label: what the type is called.
+        thick: a disk takes its whole size from the beginning (sm, LVMSR.py: the size of its volume
+            is its utilisation); a snapshot takes what it holds.
     """
 
     cbt: bool
     disks: bool
     shared: bool
     label: str
+    thick: bool = False
 
 
 PLUGINS: dict[str, Plugin] = {
     "ext": Plugin(cbt=True, disks=True, shared=False, label="Local EXT3 VHD"),
-    "lvm": Plugin(cbt=True, disks=True, shared=False, label="Local VHD on LVM"),
+    "lvm": Plugin(cbt=True, disks=True, shared=False, label="Local VHD on LVM", thick=True),
     "file": Plugin(cbt=True, disks=True, shared=False, label="Local Path VHD"),
     "nfs": Plugin(cbt=True, disks=True, shared=True, label="NFS VHD"),
     "smb": Plugin(cbt=True, disks=True, shared=True, label="SMB"),
-    "lvmoiscsi": Plugin(cbt=True, disks=True, shared=True, label="VHD over iSCSI"),
-    "lvmohba": Plugin(cbt=True, disks=True, shared=True, label="VHD over FC"),
+    "lvmoiscsi": Plugin(cbt=True, disks=True, shared=True, label="VHD over iSCSI", thick=True),
+    "lvmohba": Plugin(cbt=True, disks=True, shared=True, label="VHD over FC", thick=True),
     "largeblock": Plugin(cbt=True, disks=True, shared=False, label="Large Block SR"),
     "xfs": Plugin(cbt=True, disks=True, shared=False, label="XFS"),
     "zfs": Plugin(cbt=True, disks=True, shared=False, label="Local ZFS VHD"),

@@ -207,10 +207,13 @@ def follow_chain(state: State, sr: str) -> None:
 
 def measure(state: State, vdi: str) -> None:
     """Bring a VDI's utilisation up to date; a metadata VDI's is that of its log."""
-    uuid = state.db.text("VDI", vdi, "uuid")
-    disk = state.storage.disks.get(uuid)
-    if disk is not None and disk.leaf is not None:
-        state.db.set("VDI", vdi, physical_utilisation=disk.utilisation())
+    db = state.db
+    disk = state.storage.disks.get(db.text("VDI", vdi, "uuid"))
+    if disk is None or disk.leaf is None:
+        return
+    is_thick = state.plugin(db.text("VDI", vdi, "SR")).thick
+    is_whole = is_thick and not db.flag("VDI", vdi, "is_a_snapshot")
+    db.set("VDI", vdi, physical_utilisation=disk.size if is_whole else disk.utilisation())
 
 
 def measure_sr(state: State, sr: str) -> None:
