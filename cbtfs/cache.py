@@ -17,7 +17,8 @@
 3. Chunks are forgotten in the order of their last use, but those that a file has read to their end
    come first: who reads all of a disk does not drive out what others use, and goes round in memory
    that the processor has at hand. Memory is at most ``limit`` for what is kept, and ``FETCHES``
-   chunks for what is on its way, half of it ahead; readers beyond it wait.
+   chunks for what is on its way, half of it ahead, and as many again behind hosts that are silent
+   (``room.py``); readers beyond it wait.
 4. Nothing is fetched to be forgotten before it is asked for. So what may be ahead, at most half of
    ``limit``, is shared by all files that are read; and where there are too many of them for each to
    have a chunk here, they get what they ask for, and nothing but grains is kept.
@@ -36,6 +37,7 @@ import trio
 from . import extents, units
 from .extents import Extent
 from .readahead import Streams
+from .room import Room
 
 CHUNK = units.MiB
 """Bytes fetched at a time for a stream: servers are fast from here on."""
@@ -159,8 +161,8 @@ class Cache:
         self._spare = 0  # bytes of buffers in _free
         self._lent = 0  # bytes of buffers that are being filled
         self._zeros = memoryview(bytes(chunk))
-        self._room = trio.Semaphore(FETCHES // 2)
-        self._room_ahead = trio.Semaphore(FETCHES // 2)
+        self._room = Room(FETCHES // 2)
+        self._room_ahead = Room(FETCHES // 2)
 
     def __repr__(self) -> str:
         kept, limit = units.format_size(self._kept), units.format_size(self._limit)
@@ -282,9 +284,7 @@ class Cache:
         fetch = self._fetches[key] = _Fetch()
         return fetch
 
-    async def _fetch(
-        self, reader: Reader, key: _Key, fetch: _Fetch, room: trio.Semaphore
-    ) -> memoryview:
+    async def _fetch(self, reader: Reader, key: _Key, fetch: _Fetch, room: Room) -> memoryview:
         _, size, index = key
         length = min(size, reader.size - index * size)
         try:
@@ -301,13 +301,11 @@ class Cache:
         self._keep(key, chunk)
         return chunk.data
 
-    async def _filled(
-        self, reader: Reader, key: _Key, length: int, room: trio.Semaphore
-    ) -> memoryview:
+    async def _filled(self, reader: Reader, key: _Key, length: int, room: Room) -> memoryview:
         """Return a buffer with the first ``length`` bytes of a chunk; after a failure without."""
         _, size, index = key
         async with reader.reading() as reading:
-            await _take(room)
+            place = await room.take(reader.key)
             buffer = self._buffer(size)
             try:
                 await reading.read_into(buffer[:length], index * size)
@@ -316,7 +314,7 @@ class Cache:
                 self._give(buffer)
                 raise
             finally:
-                room.release()
+                room.leave(place)
         return buffer
 
     # ── fetching ahead ───────────────────────────────────────────────────────────────────────────
@@ -391,10 +389,14 @@ class Cache:
         """Return bytes that nobody else shall have."""
 
         async def read() -> bytearray:
-            async with reader.reading() as reading, self._room:
-                whole = bytearray(wanted.length)
-                await reading.read_into(whole, wanted.start)
-                return whole
+            async with reader.reading() as reading:
+                place = await self._room.take(reader.key)
+                try:
+                    whole = bytearray(wanted.length)
+                    await reading.read_into(whole, wanted.start)
+                finally:
+                    self._room.leave(place)
+            return whole
 
         return await _until_read(reader, read)
 
@@ -457,14 +459,6 @@ async def _until_read(reader: Reader, read: Callable[[], Awaitable[_T]]) -> _T:
             failures += 1
             if not await reader.recovers(error, failures=failures):
                 raise
-
-
-async def _take(room: trio.Semaphore) -> None:
-    """Take a place, without waiting a turn if there is one."""
-    try:
-        room.acquire_nowait()
-    except trio.WouldBlock:
-        await room.acquire()
 
 
 def _cut(data: memoryview, key: _Key, piece: Extent) -> memoryview:

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 from hypothesis import given, settings, strategies as st
 
-from cbtfs import cache, errors, readahead
+from cbtfs import cache, errors, readahead, room
 from cbtfs.cache import Cache, open_cache
 from cbtfs.extents import Extent
 from cbtfs.readahead import Streams
@@ -266,6 +266,21 @@ async def read_at(chunks: Cache, reader: SlowReader, offset: int) -> None:
     await chunks.read(reader, offset=offset, length=1)
 
 
+async def test_a_disk_whose_host_is_silent_keeps_no_other_waiting_for_long(
+    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    chunks = small(nursery, chunks=4 * cache.FETCHES)
+    silent, other = SlowReader(data=bytes(CHUNK * 100)), SlowReader(key="other")
+    other.gate.set()
+    for index in range(cache.FETCHES // 2):
+        nursery.start_soon(read_at, chunks, silent, index * CHUNK)
+    await trio.testing.wait_all_tasks_blocked()
+
+    with trio.fail_after(room.STALLED + 1):
+        assert bytes(await chunks.read(other, offset=0, length=100)) == other.data
+    assert trio.current_time() >= room.STALLED
+
+
 async def test_what_a_read_returned_cannot_be_written_to(
     reader: SlowReader, nursery: trio.Nursery
 ) -> None:
@@ -349,6 +364,30 @@ async def test_a_file_read_in_order_is_fetched_ahead_and_once(
     starts = [start for start, _ in long.asked]
     assert len(starts) == len(set(starts))
     assert sum(length for _, length in long.asked) == long.size
+
+
+async def test_what_is_fetched_ahead_of_a_silent_host_keeps_no_other_waiting_for_long(
+    long: SlowReader, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    chunks, streams = fine(nursery, chunks=4 * cache.FETCHES), Streams(long.size, most=long.size)
+    for index in range(6):
+        await chunks.read(long, offset=index * CHUNK, length=CHUNK, streams=streams)
+    long.gate = trio.Event()
+    nursery.start_soon(read_on, chunks, long, streams)
+    await settled()
+    assert len(chunks._fetches) >= cache.FETCHES // 2
+    other, its = SlowReader(key="other"), Streams(100, most=100)
+    other.gate.set()
+
+    with trio.fail_after(room.STALLED + 1):
+        for offset in range(0, 100, 10):
+            await chunks.read(other, offset=offset, length=10, streams=its)
+    assert trio.current_time() >= room.STALLED
+
+
+async def read_on(chunks: Cache, reader: SlowReader, streams: Streams) -> None:
+    for offset in range(0, reader.size, CHUNK):
+        await chunks.read(reader, offset=offset, length=CHUNK, streams=streams)
 
 
 async def test_what_is_ahead_and_not_asked_for_is_bounded(
