@@ -424,6 +424,5 @@ def reflink_supported(path: Path) -> bool:
         # unnamed files where the file system has them: nothing to clean, even if killed
         first = stack.enter_context(tempfile.TemporaryFile(dir=path, prefix=".cbtfs-probe-"))
         second = stack.enter_context(tempfile.TemporaryFile(dir=path, prefix=".cbtfs-probe-"))
-        first.write(bytes(digests.BLOCK))
-        first.flush()
+        os.write(first.fileno(), bytes(digests.BLOCK))
         return sparse.reflink(first.fileno(), second.fileno())

@@ -195,6 +195,7 @@ class Store:
         self.unlisted: tuple[Unlisted, ...] = ()
         self._folder = folder
         self._staged: set[tuple[str, str]] = set()
+        self._shares: bool | None = None  # not known
 
     def __repr__(self) -> str:
         return f"<Store {self.path}>"
@@ -326,12 +327,14 @@ class Store:
         return total
 
     def reflink_supported(self) -> bool:
-        """Tell whether files in this store can share extents, by trying it.
+        """Tell whether files in this store can share extents, by trying it once.
 
         Raises:
             StoreError: nothing can be written here.
         """
-        return image.reflink_supported(self.path)
+        if self._shares is None:
+            self._shares = image.reflink_supported(self.path)
+        return self._shares
 
     # ── Writing ──────────────────────────────────────────────────────────────────────────────
 
