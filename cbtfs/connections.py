@@ -149,9 +149,12 @@ class _Connection:
         return False
 
     def why_not(self) -> Exception:
-        """Return why it could not be made; a pool has made several attempts before it says so."""
-        if self.error is None:
-            return errors.ExportError("the connection was closed")
+        """Return why it is not there; a pool has made several attempts before it says so.
+
+        Of one that was there already, it tells to try again.
+        """
+        if self.error is None or self.opened < math.inf:
+            return errors.ExportLost("the connection was closed")
         if isinstance(self.error, errors.ExportLost):
             return errors.ExportError(str(self.error))
         return self.error
@@ -189,18 +192,16 @@ class Use:
             self._connections.left(self._connection, self._done)
 
     async def read_into(self, buffer: memoryview | bytearray, offset: int) -> None:
-        """Fill ``buffer`` with the bytes at ``offset``; after a loss, over a fresh connection.
+        """Fill ``buffer`` with the bytes at ``offset``.
 
         Raises:
-            ExportLost: the connection was lost; the next call makes another one.
+            ExportLost: the connection was lost, which is left then; another use makes another one.
             CbtfsError: it could not be made, or the VDI not be read.
         """
-        if self._connection is None:
-            self._connection = await self._connections.enter(self._ref)
         connection = self._connection
+        if connection is None:
+            raise errors.ExportLost("the connection was lost")
         try:
-            if connection.export is None:
-                await connection.ready.wait()
             if connection.export is None:
                 raise connection.why_not()
             await connection.export.read_into(buffer, offset)

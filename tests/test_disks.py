@@ -244,6 +244,27 @@ async def test_who_waits_for_a_connection_keeps_nobody_from_using_one(
                 pool.silence.set()
 
 
+async def test_who_waited_for_memory_as_the_connection_was_lost_reads_over_another(
+    nursery: trio.Nursery, autojump_clock: trio.abc.Clock
+) -> None:
+    vdi = memory.a_disk(1, of=9)
+    pool = SilentPool(memory.a_pool(vdi).contents, silent=vdi.ref)
+    chunk = 16 * units.KiB
+    chunks = cache_module.Cache(nursery, limit=96 * chunk, chunk=chunk, grain=chunk)
+
+    async def read(source: Source, at: int) -> None:
+        data = await chunks.read(source, offset=at, length=chunk)
+        assert data == pool.contents[vdi.ref][at : at + chunk]
+
+    async with open_disks(pool, options=DiskOptions(connections=1)) as opened:
+        source = opened.open(vdi, size=vdi.size)
+        async with trio.open_nursery() as readers:
+            for number in range(2 * cache_module.FETCHES):
+                readers.start_soon(read, source, number * chunk)
+            await trio.sleep(1)
+            pool.silence.set()
+
+
 async def test_a_failure_while_holes_are_learned_does_not_change_the_instant(
     pool: MemoryPool, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.abc.Clock
 ) -> None:
