@@ -306,13 +306,14 @@ class Cache:
         _, size, index = key
         async with reader.reading() as reading:
             place = await room.take(reader.key)
-            buffer = self._buffer(size)
             try:
-                await reading.read_into(buffer[:length], index * size)
-            except BaseException:
-                self._lent -= size
-                self._give(buffer)
-                raise
+                buffer = self._buffer(size)
+                try:
+                    await reading.read_into(buffer[:length], index * size)
+                except BaseException:
+                    self._lent -= size
+                    self._give(buffer)
+                    raise
             finally:
                 room.leave(place)
         return buffer
@@ -418,12 +419,14 @@ class Cache:
             self._give(buffer)
 
     def _buffer(self, size: int) -> memoryview:
-        self._lent += size
         free = self._free[size]
         if free:
+            buffer = free.pop()
             self._spare -= size
-            return free.pop()
-        return memoryview(mmap.mmap(-1, size, flags=_AT_ONCE))
+        else:
+            buffer = memoryview(mmap.mmap(-1, size, flags=_AT_ONCE))
+        self._lent += size
+        return buffer
 
     def _give(self, buffer: memoryview) -> None:
         """Take a buffer back, for what is fetched next: as many as there may be on their way."""

@@ -1,9 +1,12 @@
 """Tests of cbtfs.cache: one fetch per chunk, bounded memory, no way to hang or to lose a reader."""
 
+import errno
+import os
 import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import pytest
 import trio
@@ -279,6 +282,25 @@ async def test_a_disk_whose_host_is_silent_keeps_no_other_waiting_for_long(
     with trio.fail_after(room.STALLED + 1):
         assert bytes(await chunks.read(other, offset=0, length=100)) == other.data
     assert trio.current_time() >= room.STALLED
+
+
+async def test_reads_for_which_there_is_no_memory_keep_no_later_one_waiting(
+    reader: SlowReader,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    chunks = small(nursery)
+    with trio.fail_after(60), monkeypatch.context() as patch:
+        patch.setattr(cache.mmap, "mmap", refuse)
+        for _ in range(cache.FETCHES):
+            with pytest.raises(OSError, match="memory"):
+                await chunks.read(reader, offset=0, length=4)
+
+    assert await chunks.read(reader, offset=0, length=4) == reader.data[:4]
 
 
 async def test_what_a_read_returned_cannot_be_written_to(
