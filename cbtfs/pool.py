@@ -189,13 +189,14 @@ class Pool:
         """Return the ``ova.xml`` of a VM, from which xapi can make its records again."""
         data = await self._session.export_metadata(vm_uuid)
         try:
-            # plain and no link, as xapi makes it: anything else could be made to never end
+            # plain, all there and no link, as xapi makes it: anything else may fill the memory
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
                 member = archive.getmember("ova.xml")
-                file = archive.extractfile(member) if member.isfile() else None
+                is_plain = member.isfile() and 0 <= member.size <= len(data)
+                file = archive.extractfile(member) if is_plain else None
                 if file is not None:
                     return file.read()
-        except (tarfile.TarError, KeyError) as exc:
+        except (tarfile.TarError, KeyError, OverflowError) as exc:
             raise errors.PoolError(f"the exported metadata of VM {vm_uuid} has no ova.xml") from exc
         raise errors.PoolError(f"the exported metadata of VM {vm_uuid} has no ova.xml")
 

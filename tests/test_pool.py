@@ -55,12 +55,15 @@ async def test_metadata_is_the_ova_xml_of_the_vm(simulated: RunningPool) -> None
     assert web1.uuid.encode() in text
 
 
-def archive_of(*, link: str = "") -> bytes:
-    """Return a tar with an ``ova.xml``: a file, or a link."""
+def archive_of(*, link: str = "", size: int = 0, holes: int = 0) -> bytes:
+    """Return a tar with an ``ova.xml``: a file, all of it cut off or in holes, or a link."""
     member = tarfile.TarInfo("ova.xml")
     member.type, member.linkname = (tarfile.SYMTYPE, link) if link else (tarfile.REGTYPE, "")
+    member.size = size
+    if holes:
+        member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(holes)}
     target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w") as archive:
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as archive:
         archive.addfile(member)
     return target.getvalue()
 
@@ -72,9 +75,15 @@ def archive_of(*, link: str = "") -> bytes:
         archive_of(link="nothing"),
         gzip.compress(archive_of()),
         gzip.compress(archive_of())[:-9],
+        archive_of(size=1 << 20),
+        archive_of(size=1 << 66),
+        archive_of(holes=1 << 62),
         b"",
     ],
-    ids=["endless-link", "dangling-link", "packed", "packed-and-cut", "empty"],
+    ids=[
+        *("endless-link", "dangling-link", "packed", "packed-and-cut"),
+        *("cut", "endless", "all-holes", "empty"),
+    ],
 )
 async def test_metadata_that_are_none_are_a_failure_like_others(
     simulated: RunningPool, monkeypatch: pytest.MonkeyPatch, answer: bytes
