@@ -1,6 +1,7 @@
 """Tests of cbtfs.cache: one fetch per chunk, bounded memory, no way to hang or to lose a reader."""
 
 import errno
+import mmap
 import os
 import random
 from collections.abc import AsyncGenerator
@@ -295,7 +296,7 @@ async def test_reads_for_which_there_is_no_memory_keep_no_later_one_waiting(
 
     chunks = small(nursery)
     with trio.fail_after(60), monkeypatch.context() as patch:
-        patch.setattr(cache.mmap, "mmap", refuse)
+        patch.setattr(mmap, "mmap", refuse)
         for _ in range(cache.FETCHES):
             with pytest.raises(OSError, match="memory"):
                 await chunks.read(reader, offset=0, length=4)
