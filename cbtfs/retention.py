@@ -101,9 +101,11 @@ def check(keep: Keep) -> None:
         )
 
 
-def most(keeps: Sequence[Keep]) -> Keep:
-    """Return rules that keep what any of ``keeps`` does."""
-    rules = [keep.rules() for keep in keeps]
+def most(keeps: Sequence[Keep | None]) -> Keep | None:
+    """Return rules that keep what any of ``keeps`` does; None keeps all."""
+    rules = [keep.rules() for keep in keeps if keep is not None]
+    if len(rules) < len(keeps):
+        return None
     return Keep(**{name: max(r.get(name, 0) for r in rules) for r in rules for name in r})
 
 

@@ -35,7 +35,7 @@ class SyncOptions:
         lock_wait: seconds to wait for another run of the same VM to end.
         job: name of the job, which the point remembers.
         keep: what is kept of the VM's points, after a new one was made; None for all.
-        keeps: the rules of all jobs, by name: whose points the VM has too, those count as well.
+        keeps: the same of all jobs, by name: whose points the VM has too, those count as well.
     """
 
     full: bool = False
@@ -46,7 +46,7 @@ class SyncOptions:
     lock_wait: float = 0.0
     job: str = ""
     keep: Keep | None = None
-    keeps: Mapping[str, Keep] = field(default_factory=dict[str, Keep], hash=False)
+    keeps: Mapping[str, Keep | None] = field(default_factory=dict[str, Keep | None], hash=False)
 
 
 def plan_one(

@@ -194,13 +194,14 @@ class VMRun:
     async def _prune(self, history: VMHistory | None) -> tuple[str, ...]:
         """Remove what the rules do not keep; return the times of the points gone.
 
-        The rules are the job's, and those of other jobs that made points of the VM.
+        The rules are the job's, and those of other jobs that made points of the VM; one without
+        keeps all.
         """
-        keep, others = self._options.keep, self._options.keeps
+        jobs = {point.job for point in (history.points if history else ())}
+        others = [keep for job, keep in self._options.keeps.items() if job in jobs]
+        keep = retention.most([self._options.keep, *others])
         if keep is None:
             return ()
-        jobs = {point.job for point in (history.points if history else ())}
-        keep = retention.most([keep, *(others[job] for job in jobs if job in others)])
         prune = partial(prunes.prune, self._run.store, self._run.key, keep, locked=True)
         try:
             verdicts = await trio.to_thread.run_sync(prune)

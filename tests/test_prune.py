@@ -272,13 +272,10 @@ def test_the_rules_of_the_job_count(root: Path) -> None:
 def test_a_job_does_not_remove_what_another_keeps(tmp_path: Path) -> None:
     with running_small(tmp_path / "pool", sizes=[1 << 20]) as small:
         shell = Shell(small.pool, tmp_path / "store")
-        jobs = {"many": 3, "one": 1}
+        jobs = {"many": "keep.last = 3", "one": "keep.last = 1", "all": ""}
         small.pool.config.write_text(
             small.pool.config.read_text()
-            + "".join(
-                f'\n[job.{name}]\nvms = ["v"]\nkeep = {{ last = {last} }}'
-                for name, last in jobs.items()
-            )
+            + "".join(f'\n[job.{name}]\nvms = ["v"]\n{keep}' for name, keep in jobs.items())
         )
         for job in ("many", "many", "one"):
             (vm,) = items(shell.json("sync", job), "vms")
@@ -286,6 +283,11 @@ def test_a_job_does_not_remove_what_another_keeps(tmp_path: Path) -> None:
         shell.run("prune")
         (vm,) = items(shell.json("list"), "vms")
         assert [point["job"] for point in items(vm, "points")] == ["many", "many", "one"]
+
+        for job in ("all", "one"):  # without rules of its own, all that a job has made stays
+            (vm,) = items(shell.json("sync", job), "vms")
+            assert vm["removed"] == []
+        assert "so all of it stays" in shell.run("prune", status=2).stderr
 
 
 def test_without_any_rule_nothing_is_done(root: Path) -> None:

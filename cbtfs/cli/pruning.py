@@ -74,7 +74,9 @@ def prune(  # noqa: PLR0913  # one parameter per option
         for history in histories:
             if history.uuid not in keeps:
                 label = points.label(catalogue, history)
-                contexts.warn(f"{label}: no job says what to keep of it, so all of it stays")
+                contexts.warn(
+                    f"{label}: no job, or not each of them, says what to keep of it, so all of it stays"
+                )
         if not keeps:
             raise errors.UsageError(
                 "no rule to prune by: give a job keep = { … }, or options such as --keep-daily 14"
@@ -149,9 +151,10 @@ def _policies(options: Globals, histories: Sequence[VMHistory], asked: Keep) -> 
     jobs = _jobs_of_store(options, configuration)
     found: dict[str, Keep] = {}
     for history in histories:
-        keeps = [job.keep for name, job in jobs.items() if job.keep and _is_of(history, name, job)]
-        if keeps:
-            found[history.uuid] = retention.most(keeps)
+        keeps = [job.keep for name, job in jobs.items() if _is_of(history, name, job)]
+        most = retention.most(keeps)
+        if most is not None and keeps:
+            found[history.uuid] = most
     return found
 
 
@@ -174,6 +177,8 @@ def _is_of(history: VMHistory, name: str, job: JobTable) -> bool:
     latest = history.latest
     if any(point.job == name for point in history.points):
         return True
+    if job.keep is None:
+        return False
     return not (latest is not None and latest.job) and any(
         pattern in {history.name, history.uuid} or fnmatchcase(history.name, pattern)
         for pattern in job.vms or ("*",)

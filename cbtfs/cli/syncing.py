@@ -152,7 +152,7 @@ def _runs(
             "nothing to sync: name a job of the configuration, or select VMs, such as --vm 'web*'"
         )
     runs: list[Run] = []
-    keeps = {name: job.keep for name, job in configuration.jobs.items() if job.keep}
+    keeps = {name: job.keep for name, job in configuration.jobs.items()}
     for name in names:
         job = config.choose_job(configuration, name)
         chosen = replace(
