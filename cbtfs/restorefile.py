@@ -271,8 +271,8 @@ def _looks_begun(device: BlockDevice, source: Source) -> bool:
 def _parts(size: int) -> tuple[Extent, Extent, Extent]:
     """Return first MiB, middle, and last MiB of a disk, in whole blocks; each may be empty."""
     head = min(blockdevice.EDGE, size)
-    start = max(size - blockdevice.EDGE, head)
-    start -= start % digests.BLOCK
+    start = size - blockdevice.EDGE
+    start = max(start - start % digests.BLOCK, head)
     return Extent(0, head), Extent(head, start), Extent(start, size)
 
 

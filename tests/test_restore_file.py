@@ -931,6 +931,27 @@ def test_a_device_half_written_is_not_taken_for_a_disk_and_is_gone_on_with(
 
 
 @needs_loop
+def test_of_damage_on_record_it_is_told_whatever_else_there_is_to_say_of_a_device(
+    cbtfs: Program, tmp_path: Path, root: Path
+) -> None:
+    content = noise(9 * BLOCK + 512)  # no more than a first MiB
+    add_point(root, {"xvda": content}, time="20261123T020000Z")
+    image = image_of(root, time="20261123T020000Z")
+    spoil(image, BLOCK)
+    assert cbtfs("verify", "web1/latest").status == 4
+    spoil(image, BLOCK)
+
+    disk = blank(tmp_path / "disk", units.MiB)
+    with loop_device(disk) as device:
+        told = cbtfs("-q", "restore", "web1/latest", "--to", device, "--force", "--verify", "full")
+
+    assert told.status == 0
+    assert told.err.endswith("is on record as damaged, and restored all the same\n")
+    assert "gone on with" not in told.out
+    assert disk.read_bytes() == content + bytes(units.MiB - len(content))
+
+
+@needs_loop
 def test_a_device_is_gone_on_with_after_a_stop_within_its_last_mib_or_while_it_is_read_back(
     cbtfs: Program, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

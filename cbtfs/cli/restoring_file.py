@@ -198,7 +198,7 @@ async def _restore(
                 output.line(output.safe(_summary(task, done)))
             documents.append(_document(task, done, told.warnings))
             if (done.damaged or task.wish.damaged) and options.quiet:  # whoever uses it must know
-                output.note(told.warnings[-1])
+                output.note(told.warnings[-1 if done.damaged else 0])
         finally:
             for text in told.warnings:
                 contexts.warn(text)
