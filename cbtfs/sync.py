@@ -29,11 +29,6 @@ DISKS_AT_ONCE = 8
 """Disks copied at a time, over all VMs. Their memory is bounded by ``copier.BUFFERS``: the whole
 process stays below 256 MiB."""
 
-REFUSED = 4
-"""VMs in a row that fail for a login or a certificate, after which no other is tried. One is not
-enough: it may have met the one host whose certificate was renewed and whose xapi-nbd has yet to be
-restarted."""
-
 
 def plan(
     inventory: Inventory,
@@ -84,19 +79,14 @@ async def run(
     at_once = trio.CapacityLimiter(VMS_AT_ONCE)
     outcomes: dict[str, Outcome] = {}
     hopeless: list[errors.CbtfsError] = []
-    refused = 0
 
     async def one(key: str, target: Target) -> None:
-        nonlocal refused
         try:
             outcome = await VMRun(pool, store, target, progress, options, shared).run()
             outcomes[key] = outcome
-            is_refused = isinstance(outcome.error, errors.AuthenticationFailed)
-            refused = refused + 1 if is_refused else 0
-            # another try would only be refused, or wait, again
-            if outcome.error is not None and (
-                refused >= REFUSED or isinstance(outcome.error, errors.PoolUnreachable)
-            ):
+            # another try would only wait again. But a host may be the only one with an old
+            # certificate, and with a login that was refused all else fails at once
+            if isinstance(outcome.error, errors.PoolUnreachable):
                 hopeless.append(outcome.error)
         finally:
             at_once.release_on_behalf_of(key)
