@@ -32,8 +32,11 @@ class HeldBack:
 
     def release(self) -> None:
         """Give the signals back to their handlers, those that came meanwhile too, once."""
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+        for number, handler in reversed(tuple(self._handlers.items())):
+            signal.signal(
+                number, handler
+            )  # or one already given back raises: a second call goes on
+            del self._handlers[number]
         while self._noted:
             signal.raise_signal(self._noted.pop())
 

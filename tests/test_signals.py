@@ -4,14 +4,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 from cbtfs import errors
 from cbtfs.cli import failures
 from cbtfs.programs import Programs
+from cbtfs.signals import HeldBack
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +66,26 @@ def test_a_tool_that_runs_has_ended_when_the_signal_is_told(
         tools.run("sh", "-c", script)
 
     assert not Path("/proc", told.read_text().strip()).exists()
+
+
+def test_a_signal_as_the_handlers_are_given_back_costs_none_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, before = signal.signal, signal.getsignal(signal.SIGINT)
+
+    def interrupted(number: int, handler: Callable[[int, FrameType | None], None]) -> object:
+        if number == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(number, handler)
+
+    held = HeldBack()
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "signal", interrupted)
+        with pytest.raises(errors.Interrupted):
+            held.release()
+    held.release()
+
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_told_the_same_twice_at_once_is_told_once(tools: Programs) -> None:
