@@ -4,20 +4,23 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import blake3
 import pytest
 
-from cbtfs import damage, digests, extents, store as stores, units
+from cbtfs import damage, digests, errors, extents, store as stores, units
 from cbtfs.damage import Disagreement
 from cbtfs.extents import Extent
 from cbtfs.folder import Folder
+from cbtfs.store import Store
 
 from . import bigdisks
 from .commands import Shell, guest_content, items, leftovers
@@ -257,6 +260,21 @@ def test_zeros_are_not_called_equal_if_the_pool_cannot_tell_what_holds_data(
     assert "xvdb  cannot be compared with the pool: the image has no data to compare" in result.out
     small.pool.set("xapi.fail", "")
     assert cbtfs("verify", "--against-pool").status == 4
+
+
+def test_what_differs_is_told_also_of_an_image_that_cannot_be_read(
+    small: Small, shell: Shell, cbtfs: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> NoReturn:
+        raise errors.StoreError("you may not")
+
+    forge(shell, 6, data=b"")
+    monkeypatch.setattr(Store, "verify", refused)
+
+    result = cbtfs("verify", "--against-pool")
+
+    assert result.status == 4
+    assert "v/xvda  NOT AS IN THE POOL: 1 blocks differ" in re.sub(r"\d{8}T\d{6}Z/", "", result.out)
 
 
 def test_what_a_guest_discards_is_counted_apart(small: Small, cbtfs: Program) -> None:

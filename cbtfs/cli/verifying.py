@@ -97,7 +97,7 @@ class Checked:
     @property
     def damaged(self) -> bool:
         """Whether there is damage now."""
-        differs = isinstance(self.verdict, Agreement) and self.verdict.found.blocks > 0
+        differs = _differs(self.verdict)
         return self.left.found or self.on_record or differs or _is_damage(self.verdict)
 
 
@@ -264,11 +264,20 @@ class _Run:
                     contexts.warn(f"{key} is gone: its restore point was removed meanwhile")
                     continue
                 self._failures.append(exc)
-                self._damaged = self._damaged or isinstance(exc, errors.ImageDamaged)
-                unverified.append({"device": disk.device, "error": str(exc)})
+                verdict = self._verdicts.of(point, disk)
+                found = isinstance(exc, errors.ImageDamaged) or _differs(verdict)
+                self._damaged = self._damaged or found
+                unverified.append(
+                    {
+                        "device": disk.device,
+                        "error": str(exc),
+                        "pool": agreeing.document(verdict),
+                    }
+                )
                 self._view.disk_finished(key, None, str(exc))
                 if self._kind == "silent":
                     output.note(f"{key}: {exc}")
+                self._show_verdict(key, verdict)
                 continue
             self._verified += 1
             results.append(result)
@@ -383,10 +392,13 @@ class _Run:
             self._show_places(result)
         elif self._options.verbosity > 0:
             self._print(f"{key}  left out, found whole {result.since.isoformat()}")
-        if result.verdict is not None:
-            self._print(f"{key}  {agreeing.line(result.verdict)}")
-            self._show_lines(agreeing.places(result.verdict))
-            if _will_compare(result.verdict):
+        self._show_verdict(key, result.verdict)
+
+    def _show_verdict(self, key: str, verdict: Verdict | None) -> None:
+        if verdict is not None:
+            self._print(f"{key}  {agreeing.line(verdict)}")
+            self._show_lines(agreeing.places(verdict))
+            if _will_compare(verdict):
                 self._print("  the next cbtfs sync compares the whole disk")
 
     def _show_places(self, result: Checked) -> None:
@@ -421,6 +433,11 @@ def _told(result: Checked) -> str:
         return verdict
     told = f"{verdict}, but damage is on record"
     return f"{told}; verify all of it" if result.damage.sampled else told
+
+
+def _differs(verdict: Verdict | None) -> bool:
+    """Return whether a comparison with the pool found that an image is not as that."""
+    return isinstance(verdict, Agreement) and verdict.found.blocks > 0
 
 
 def _is_damage(verdict: Verdict | None) -> bool:
