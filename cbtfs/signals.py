@@ -33,10 +33,8 @@ class HeldBack:
     def release(self) -> None:
         """Give the signals back to their handlers, those that came meanwhile too, once."""
         for number, handler in reversed(tuple(self._handlers.items())):
-            signal.signal(
-                number, handler
-            )  # or one already given back raises: a second call goes on
-            del self._handlers[number]
+            signal.signal(number, handler)
+            del self._handlers[number]  # one given back may raise: a second call goes on
         while self._noted:
             signal.raise_signal(self._noted.pop())
 
