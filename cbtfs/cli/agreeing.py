@@ -64,12 +64,6 @@ class Verdicts:
         return self.by_disk.get((point.vm_uuid, point.time, disk.device))
 
     @property
-    def differ(self) -> bool:
-        """Whether an image is not as the pool has it."""
-        found = self.by_disk.values()
-        return any(isinstance(v, Agreement) and v.found.blocks for v in found)
-
-    @property
     def status(self) -> int:
         """The exit status, differences left aside."""
         verdicts = self.by_disk.values()
