@@ -272,15 +272,19 @@ def test_one_name_that_is_not_there_does_not_stop_the_others(cbtfs: Program) -> 
     assert "app1/xvda" in result.out
 
 
-def test_a_job_that_fails_does_not_stop_the_others(
+@pytest.fixture
+def bad_and_good(
     capsys: pytest.CaptureFixture[str], pool: RunningPool, environment: None, tmp_path: Path
-) -> None:
+) -> Program:
+    """The command with two jobs, of a VM that is not there and of one that is."""
     path = tmp_path / "cbtfs.toml"
     jobs = '[job.bad]\npool = "sim"\nvms = ["gone"]\n[job.good]\npool = "sim"\nvms = ["app1"]\n'
     path.write_text(pool.config.read_text() + jobs)
-    program = Program(capsys, "--config", str(path), "--store", str(tmp_path / "store"))
+    return Program(capsys, "--config", str(path), "--store", str(tmp_path / "store"))
 
-    result = program("--json", "sync", "bad", "good")
+
+def test_a_job_that_fails_does_not_stop_the_others(bad_and_good: Program) -> None:
+    result = bad_and_good("--json", "sync", "bad", "good")
 
     assert result.status == 3
     told = synced(msgspec.json.decode(result.out, type=dict[str, object]))
@@ -288,19 +292,14 @@ def test_a_job_that_fails_does_not_stop_the_others(
 
 
 def test_a_dry_run_plans_what_the_run_would_do_in_spite_of_what_is_not_there(
-    capsys: pytest.CaptureFixture[str], pool: RunningPool, environment: None, tmp_path: Path
+    bad_and_good: Program,
 ) -> None:
-    path = tmp_path / "cbtfs.toml"
-    jobs = '[job.bad]\npool = "sim"\nvms = ["gone"]\n[job.good]\npool = "sim"\nvms = ["app1"]\n'
-    path.write_text(pool.config.read_text() + jobs)
-    program = Program(capsys, "--config", str(path), "--store", str(tmp_path / "store"))
-
     for selected in (("bad", "good"), ("--vm", "gone", "--vm", "app1")):
-        result = program("sync", "-n", *selected)
+        result = bad_and_good("sync", "-n", *selected)
         assert result.status == 3
         assert result.err.count("no VM called 'gone'") == 1
         assert "app1/xvda" in result.out
-    assert program("sync", "-n", "--vm", "gone", "--vm", "lost").status == 10
+    assert bad_and_good("sync", "-n", "--vm", "gone", "--vm", "lost").status == 10
 
 
 def test_a_point_that_cannot_be_listed_is_damage(cbtfs: Program, tmp_path: Path) -> None:
